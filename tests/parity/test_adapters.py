@@ -12,10 +12,11 @@ import pytest
 from megatron_ds.layers import adapter_layers as adapter
 from megatron_ds.layers import dora
 from megatron_ds.parallel.tensor import TensorParallel
+from tests.covering import covering, uncovered
 from tests.parity.adapter_cases import train_on, train_ours, train_peft
 from tests.parity.cases import Recipe
 from tests.parity.errors import relative_errors, within_fp32
-from tests.parity.ours import Place
+from tests.parity.ours import Place, cost_of
 from tests.ranks import run_alone, run_grid
 
 RECIPE = Recipe()
@@ -74,25 +75,46 @@ PLACES = [
     Place(1, 1, 2, 2),
     Place(2, 1, 2, 3, True),
 ]
-OTHERS = ("ranks", "fused-inputs-first", "fused-groups", "fused-gate", "encoder-decoder", "encoder")
-COVERING = [
-    *(("llama", place) for place in PLACES[::2]),
-    *(("all", place) for place in (Place(4, 1, 1, 1, True), Place(2, 1, 2, 3))),
-    *((name, Place(2, 2, 1, 1, True)) for name in OTHERS),
-    *(("scalings", place) for place in (Place(2, 2, 1, 1, True), Place(2, 1, 2, 3, True))),
-    *(("scalings-shared-biased", place) for place in (Place(4, 1, 1, 1, True), Place(4, 1, 1, 3), Place(2, 2, 1, 1))),
-    *(("scalings-fused", place) for place in (Place(2, 1, 2, 2, True), Place(1, 2, 1, 1))),
-    *(("tables", place) for place in (Place(2, 2, 1, 1, True), Place(2, 1, 2, 3, True))),
-    *((name, place) for name in ("untied", "kept-tied") for place in (Place(1, 2, 1, 1), Place(2, 1, 1, 2, True))),
-    *(("dora", place) for place in (Place(4, 1, 1, 1), Place(2, 2, 1, 1, True))),
-    *((name, Place(2, 1, 1, 2, True)) for name in ("dora-fused", "dora-fused-gate")),
+# More ranks than key heads, which several of them hold.
+FOUR_TENSOR_RANKS = (Place(4, 1, 1, 1, True), Place(4, 1, 1, 1), Place(4, 1, 1, 3))
+EVERYTHING = [
+    *((name, place) for name in CONFIGS for place in [*PLACES, Place(2, 1, 2, 3), Place(1, 2, 1, 1)]),
+    *(
+        (name, Place(2, 1, 1, 2, True))
+        for name in ("untied", "kept-tied", "dora-fused", "dora-fused-gate", "pissa-fused")
+    ),
+    *((name, place) for name in ("all", "scalings-shared-biased", "dora") for place in FOUR_TENSOR_RANKS),
     ("dora", Place(2, 1, 2, 3, recompute="full")),
-    ("pissa", Place(2, 2, 1, 1, True)),
-    *((name, Place(2, 1, 1, 2, True)) for name in ("pissa-fused", "olora")),
-    ("some-layers", Place(1, 2, 1, 1)),
     ("some-layers", Place(2, 1, 1, 2, True, recompute="full")),
     ("llama", Place(1, 2, 2, 1, recompute="full")),
 ]
+
+
+def kind(name: str) -> str:
+    config = CONFIGS[name][1]
+    if config.get("peft_type") == "IA3":
+        return "scalings"
+    return "DoRA" if config.get("use_dora") else "tables" if "modules_to_save" in config else "LoRA"
+
+
+def facts(run: tuple[str, Place]) -> set[Any]:
+    """The adapter on tensor ranks, the options of the layout, and each of them with each kind of adapter."""
+    (name, place), mine = run, kind(run[0])
+    return {
+        *((name, "tensor") for _ in range(place.tp > 1)),
+        *(
+            (mine, "tensor", min(place.tp, 2), place.sp),
+            (mine, "pipeline", place.pp > 1),
+            (mine, "zero", place.zero == 3),
+        ),
+        *((mine, "heads of several ranks") for _ in range(place.tp == 4)),
+        *(("zero", place.zero), ("data", place.dp > 1), ("recompute", place.recompute, place.pp > 1, place.zero == 3)),
+        *((name, "tied over stages") for _ in range(place.pp > 1 and name in ("untied", "kept-tied"))),
+        *((name, "stages without adapters") for _ in range(place.pp > 1 and name == "some-layers")),
+    }
+
+
+COVERING = covering(EVERYTHING, facts, cost_of)
 
 
 @pytest.fixture(scope="session")
@@ -117,12 +139,14 @@ def test_five_steps_equal_peft(name: str, place: Place, made: Any) -> None:
     assert within_fp32(errors), errors
 
 
+def test_the_sample_covers_adapters_and_layouts() -> None:
+    assert not uncovered(COVERING, EVERYTHING, facts)
+    assert {name for name, _ in COVERING} == set(CONFIGS)
+    assert {place.zero for _, place in COVERING} >= {1, 2, 3}
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [(name, place) for name in CONFIGS for place in [*PLACES, Place(2, 1, 2, 3)] if (name, place) not in COVERING],
-    ids=str,
-)
+@pytest.mark.parametrize(("name", "place"), [run for run in EVERYTHING if run not in COVERING], ids=str)
 def test_every_layout_equals_peft(name: str, place: Place, made: Any) -> None:
     directory, reference = made(name)
     errors = relative_errors(train_ours(directory, place, RECIPE), reference)

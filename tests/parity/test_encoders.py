@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.covering import covering, uncovered
+from tests.halves import swept
 from tests.parity.cases import Recipe
 from tests.parity.errors import relative_errors, within_fp32
-from tests.parity.ours import Place, train_ours
+from tests.parity.ours import Place, cost_of, train_ours
 
 PLACES = [
     Place(1, 1, 1, 1),
@@ -36,17 +38,30 @@ RELATED += ("nomic_bert-masked",)
 THREE_PLACES = [Place(2, 1, 1, 1, True), Place(2, 2, 1, 1), Place(1, 1, 2, 3)]
 SAMPLE = [("modernbert-masked", Place(2, 2, 1, 1)), ("albert-masked", Place(1, 4, 1, 1))]
 RECIPE = Recipe()
-# Every place trains two cases, and every case is trained at two places or more.
-CASES = [(TRAINED[(2 * index + one) % len(TRAINED)], place) for index, place in enumerate(PLACES) for one in (0, 1)]
-RECOMPUTED = [
+EVERYTHING = [
     (case, replace(place, recompute=mode))
     for case in TRAINED
     for place in (*PLACES, *MORE_PLACES)
-    for mode in ("selective", "full")
+    for mode in ("none", "selective", "full")
 ]
 
 
-@pytest.mark.parametrize(("case", "place"), CASES + RECOMPUTED[::11] + SAMPLE, ids=str)
+def facts(run: tuple[str, Place]) -> set[Any]:
+    """The case at tensor and at pipeline ranks, the layout, and what meets one stack of blocks, and two."""
+    case, place = run
+    stacks, mode, plain = "two" if case.startswith("t5") else "one", place.recompute, replace(place, recompute="none")
+    return {
+        *((case, axis) for axis in ("tp", "pp") if getattr(place, axis) > 1),
+        plain if plain in PLACES else ("tensor ranks", place.tp),
+        *((stacks, "zero", place.zero), (stacks, "tensor", place.tp > 1, place.sp), (stacks, "pipeline", place.pp > 1)),
+        *((stacks, mode, "tensor", place.tp > 1), (stacks, mode, "pipeline", place.pp > 1)),
+    }
+
+
+COVERING = covering(EVERYTHING, facts, cost_of)
+
+
+@pytest.mark.parametrize(("case", "place"), COVERING + SAMPLE, ids=str)
 def test_five_steps_equal_transformers(case: str, place: Place, references: Any) -> None:
     directory, reference = references(case, RECIPE)
     errors = relative_errors(train_ours(directory, place, RECIPE), reference)
@@ -56,8 +71,7 @@ def test_five_steps_equal_transformers(case: str, place: Place, references: Any)
 @pytest.mark.sweep
 @pytest.mark.parametrize(
     ("case", "place"),
-    [(case, place) for case in TRAINED for place in (*PLACES, *MORE_PLACES) if (case, place) not in CASES]
-    + [one for one in RECOMPUTED if one not in RECOMPUTED[::11]]
+    [run for run in EVERYTHING if run not in COVERING]
     + [(case, place) for case in RELATED for place in THREE_PLACES if (case, place) not in SAMPLE]
     + [("albert-masked", replace(Place(2, 2, 1, 1, True), recompute="full")), ("albert-masked", Place(1, 1, 2, 2))],
     ids=str,
@@ -66,6 +80,12 @@ def test_every_combination_equals_transformers(case: str, place: Place, referenc
     directory, reference = references(case, RECIPE)
     errors = relative_errors(train_ours(directory, place, RECIPE), reference)
     assert within_fp32(errors), errors
+
+
+def test_the_sample_covers_cases_layouts_and_options() -> None:
+    assert not uncovered(COVERING, EVERYTHING, facts)
+    assert {place.zero for _, place in COVERING} == {0, 1, 2, 3}
+    assert {case for case, _ in COVERING} == set(TRAINED)
 
 
 # Seen: loss 9e-4; norm 4.5e-2 (T5, whose gradients are small: transformers' own bf16 is 2e-2 from its fp32 to the other
@@ -78,11 +98,15 @@ BF16_BOUNDS = {"loss": 2e-3, "norm": 6e-2, "weights": 5e-2}
     ("case", "place"),
     [
         ("bert-pretraining", Place(2, 2, 1, 1, True)),
-        ("bert-masked", Place(2, 1, 2, 2, True)),
-        ("t5-gated", Place(1, 4, 1, 1)),
         ("albert-masked", Place(1, 2, 1, 1)),
-        ("t5-tied-relu", Place(2, 2, 1, 1, True)),
-        ("t5-tied-relu", Place(2, 1, 2, 3)),
+        ("t5-tied-relu", Place(1, 2, 1, 1)),
+        ("t5-tied-relu", Place(1, 1, 2, 3)),
+        *swept(
+            ("bert-masked", Place(2, 1, 2, 2, True)),
+            ("t5-gated", Place(1, 4, 1, 1)),
+            ("t5-tied-relu", Place(2, 2, 1, 1, True)),
+            ("t5-tied-relu", Place(2, 1, 2, 3)),
+        ),
     ],
     ids=str,
 )

@@ -12,14 +12,16 @@ import pytest
 from megatron_ds.errors import TopologyError
 from megatron_ds.hf.config import read_model
 from megatron_ds.runtime.setup import plan_engine
-from tests.halves import halved
+from tests.covering import covering, uncovered
+from tests.halves import swept
 from tests.parity.cases import Recipe
+from tests.parity.context_cases import offloading
 from tests.parity.errors import relative_errors, within_fp32
 from tests.parity.family_cases import MOE_CASES
-from tests.parity.ours import Place, engine_config, train_ours
+from tests.parity.ours import Place, cost_of, engine_config, train_ours
 
 RECIPE = Recipe()
-SCALE = Recipe(eps=1e-2)
+SCALE = Recipe(steps=3, eps=1e-2)
 CASE = "mixtral-four-experts"
 # Expert ranks are the tensor ranks of these ...
 ON_TENSOR = [
@@ -40,35 +42,38 @@ FOLDED = [
 # Replicas over tensor ranks, fewer expert ranks than tensor ranks, no ZeRO.
 FURTHER = [
     Place(2, 1, 1, 1, True, expert=1),
-    Place(4, 1, 1, 3, expert=2),
+    Place(4, 1, 1, 1, expert=2),
     Place(2, 1, 2, 1, expert=1),
     Place(1, 1, 4, 0, expert=2),
     Place(2, 1, 1, 0, True, expert=1),
 ]
 PLACES = [*ON_TENSOR, *FOLDED, *FURTHER]
+SWEPT = [*PLACES, Place(4, 1, 1, 3, expert=2)]
 
-CASES: dict[str, list[str]] = {}
-for _case, _config in MOE_CASES.items():
-    CASES.setdefault(_config["model_type"], []).append(_case)
-
-
-def _covering() -> list[tuple[str, Place]]:
-    """Of each family one case on folded ranks and another on tensor ranks, of which one recomputes its blocks."""
-    chosen = []
-    for index, cases in enumerate(CASES.values()):
-        modes = ("full", "none") if index % 2 else ("none", "full")
-        for case, places, mode in zip((cases[0], cases[1 % len(cases)]), (FOLDED, ON_TENSOR), modes):
-            chosen.append((case, replace(places[index % len(places)], recompute=mode)))
-    return chosen
-
-
-COVERING = _covering()
+FAMILY_OF = {case: config["model_type"] for case, config in MOE_CASES.items()}
 EVERYTHING = [
     (case, replace(place, recompute=mode))
     for case in MOE_CASES
     for place in PLACES
     for mode in ("none", "selective", "full")
 ]
+EVERYTHING_SWEPT = [
+    (case, replace(place, recompute=mode))
+    for case in MOE_CASES
+    for place in SWEPT
+    for mode in ("none", "selective", "full")
+]
+
+
+def facts(run: tuple[str, Place]) -> set[Any]:
+    """The layout, the family, and what recomputation meets."""
+    case, place = run
+    plain = replace(place, recompute="none")
+    folded = "folded" if plain in FOLDED else "on tensor ranks" if plain in ON_TENSOR else "replicated"
+    return {plain, FAMILY_OF[case], (place.recompute, folded), (place.recompute, "pipeline", place.pp > 1)}
+
+
+SAMPLE = covering(EVERYTHING, facts, cost_of)
 
 
 def check(case: str, place: Place, recipe: Recipe, references: Any) -> None:
@@ -77,40 +82,37 @@ def check(case: str, place: Place, recipe: Recipe, references: Any) -> None:
     assert within_fp32(errors), (place, errors)
 
 
-@pytest.mark.parametrize(("case", "place"), COVERING, ids=str)
+@pytest.mark.parametrize(("case", "place"), SAMPLE, ids=str)
 def test_five_steps_equal_transformers(case: str, place: Place, references: Any) -> None:
     check(case, place, RECIPE, references)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("case", "place"), [pair for pair in EVERYTHING if pair not in COVERING], ids=str)
+@pytest.mark.parametrize(("case", "place"), [pair for pair in EVERYTHING_SWEPT if pair not in SAMPLE], ids=str)
 def test_every_combination_equals_transformers(case: str, place: Place, references: Any) -> None:
     check(case, place, RECIPE, references)
 
 
-@pytest.mark.parametrize("place", halved(PLACES), ids=str)
+SCALED = [FOLDED[1], FOLDED[2], FOLDED[3], FURTHER[4]]
+
+
+@pytest.mark.parametrize("place", [*SCALED, *swept(*(place for place in SWEPT if place not in SCALED))], ids=str)
 def test_gradients_have_the_scale_of_transformers(place: Place, references: Any) -> None:
     check(CASE, place, SCALE, references)
 
 
-def _offloading(place: Place, *parts: str) -> Place:
-    section = {"stage": place.zero, **{f"offload_{part}": {"device": "cpu"} for part in parts}}
-    return replace(place, extra=(("zero_optimization", section),))
-
-
 def test_the_sample_covers_families_and_layouts() -> None:
-    places = {family: [place for case, place in COVERING if case in cases] for family, cases in CASES.items()}
-    assert all({place.recompute for place in found} == {"none", "full"} for found in places.values())
-    assert {replace(place, recompute="none") for _, place in COVERING} == {*ON_TENSOR, *FOLDED}
+    assert not uncovered(SAMPLE, EVERYTHING, facts)
+    assert {replace(place, recompute="none") for _, place in SAMPLE} == set(PLACES)
+    assert {FAMILY_OF[case] for case, _ in SAMPLE} == set(FAMILY_OF.values())
 
 
 @pytest.mark.parametrize(
     "place",
     [
         Place(1, 2, 2, 1, expert=2),
-        _offloading(Place(1, 2, 2, 1, expert=2), "optimizer"),
-        pytest.param(Place(1, 4, 2, 1, expert=2), marks=pytest.mark.sweep),
-        pytest.param(Place(2, 2, 2, 1, True, expert=4), marks=pytest.mark.sweep),
+        offloading(Place(1, 2, 2, 1, expert=2), "optimizer"),
+        *swept(Place(1, 4, 2, 1, expert=2), Place(2, 2, 2, 1, True, expert=4)),
     ],
     ids=str,
 )
@@ -119,24 +121,27 @@ def test_a_stage_of_dense_layers_alone_equals_transformers(place: Place, referen
     check("glm4_moe-groups-bias", place, SCALE, references)
 
 
-@pytest.mark.parametrize("place", [Place(2, 1, 2, 2, True, expert=4), Place(1, 2, 2, 1, expert=2)], ids=str)
+@pytest.mark.parametrize("place", [Place(2, 1, 2, 2, True, expert=4), *swept(Place(1, 2, 2, 1, expert=2))], ids=str)
 def test_padding_equals_transformers(place: Place, references: Any) -> None:
     """transformers routes positions of padding too."""
     check(CASE, place, replace(SCALE, attention_mask=True), references)
 
 
-@pytest.mark.parametrize("place", [Place(1, 1, 2, 1, expert=2), Place(2, 2, 1, 1, True, expert=2)], ids=str)
+@pytest.mark.parametrize("place", [Place(1, 1, 2, 1, expert=2), *swept(Place(2, 2, 1, 1, True, expert=2))], ids=str)
 def test_packed_documents_equal_transformers(place: Place, references: Any) -> None:
-    check(CASE, place, replace(RECIPE, packed=True), references)
+    check(CASE, place, replace(RECIPE, packed=True, steps=3), references)
 
 
 @pytest.mark.parametrize(
     "place",
     [
-        _offloading(Place(1, 1, 2, 1, expert=2), "optimizer"),
-        _offloading(Place(2, 1, 2, 2, True, expert=4), "optimizer"),
-        _offloading(Place(1, 1, 2, 3, expert=2), "optimizer", "param"),
-        _offloading(Place(1, 2, 2, 1, expert=2), "optimizer"),
+        offloading(Place(1, 1, 2, 2, expert=2), "optimizer"),
+        offloading(Place(1, 1, 2, 3, expert=2), "optimizer", "param"),
+        *swept(
+            offloading(Place(1, 1, 2, 1, expert=2), "optimizer"),
+            offloading(Place(2, 1, 2, 2, True, expert=4), "optimizer"),
+            offloading(Place(1, 2, 2, 1, expert=2), "optimizer"),
+        ),
     ],
     ids=str,
 )
@@ -156,8 +161,14 @@ FROZEN = {
 @pytest.mark.parametrize(
     ("frozen", "place"),
     [
-        *((patterns, Place(1, 2, 2, 1, expert=2)) for patterns in FROZEN.values()),
-        *((FROZEN[name], Place(2, 1, 2, 3, True, expert=4)) for name in ("experts", "all but experts")),
+        (FROZEN["experts"], Place(1, 1, 2, 2, expert=2)),
+        *(
+            (FROZEN[name], Place(1, 2, 2, 1, expert=2))
+            for name in ("all but experts", "experts of the first two layers")
+        ),
+        *swept(*((FROZEN[name], Place(1, 2, 2, 1, expert=2)) for name in ("experts", "routers"))),
+        *swept(*((FROZEN[name], Place(2, 1, 2, 3, True, expert=4)) for name in ("experts", "all but experts"))),
+        *swept((FROZEN["experts"], Place(1, 1, 2, 3, expert=2))),
     ],
     ids=str,
 )
@@ -177,13 +188,12 @@ BF16_BOUNDS = {"loss": 2e-3, "norm": 3e-2, "weights": 8e-2}
     [
         Place(2, 1, 2, 1, True, expert=4),
         Place(1, 1, 2, 3, expert=2),
-        Place(1, 2, 2, 1, expert=2),
-        Place(2, 1, 1, 1, True, expert=1),
+        *swept(Place(1, 2, 2, 1, expert=2), Place(2, 1, 1, 1, True, expert=1)),
     ],
     ids=str,
 )
 def test_bf16_stays_near_a_bf16_reference(place: Place, references: Any) -> None:
-    recipe = replace(RECIPE, precision="bf16")
+    recipe = replace(RECIPE, precision="bf16", steps=3)
     directory, reference = references(CASE, recipe)
     errors = relative_errors(train_ours(directory, place, recipe), reference)
     assert all(errors[name] < bound for name, bound in BF16_BOUNDS.items()), errors
