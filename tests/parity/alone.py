@@ -91,12 +91,17 @@ def _integers(batch: Batch) -> dict[str, Tensor]:
     return {name: column.long() for name, column in batch.columns.items()}
 
 
-def _run_ours(variant: Variant, weights: HFWeights) -> _Run:
+def _build_ours(variant: Variant, weights: HFWeights) -> SequentialModel:
     model = SequentialModel(variant.core.build_layers()).eval()
     with torch.no_grad():
         for name, weight in weights_of(model):
             weight.copy_(weights.shard(name, spec_of(weight), ALONE))
     variant.change(model)
+    return model
+
+
+def _run_ours(variant: Variant, weights: HFWeights, model: SequentialModel | None = None) -> _Run:
+    model = model or _build_ours(variant, weights)
     columns, labels = variant.batch.columns, variant.batch.labels
     counts = [label.numel() if label.is_floating_point() else (label != -100).sum() for label in labels.values()]
     loss = (model(columns, labels) / torch.tensor(counts)).sum()
@@ -113,16 +118,30 @@ def _run_ours(variant: Variant, weights: HFWeights) -> _Run:
 def compare(ours: _Run, theirs: _Run, batch: Batch) -> Apart:
     """Of gradients those that both have: an option that is left out may leave out its parameters."""
     typical = root_mean_square(list(theirs.gradients.values()))
-    assert ours.outputs.keys() == theirs.outputs.keys()
-    seen = slice(None) if batch.compared is None else batch.compared
     return Apart(
-        outputs=max(difference(ours.outputs[name][seen], theirs.outputs[name][seen]).relative for name in ours.outputs),
+        outputs=_outputs_apart(ours.outputs, theirs, batch),
         loss=abs(ours.loss / theirs.loss - 1),
         gradients={
             name: difference(gradient, theirs.gradients[name], smallest_norm(gradient.numel(), typical)).relative
             for name, gradient in ours.gradients.items()
         },
     )
+
+
+def _outputs_apart(ours: Mapping[str, Tensor], theirs: _Run, batch: Batch) -> float:
+    assert ours.keys() == theirs.outputs.keys()
+    seen = slice(None) if batch.compared is None else batch.compared
+    return max(difference(ours[name][seen], theirs.outputs[name][seen]).relative for name in ours)
+
+
+def _compare_without(variant: Variant, weights: HFWeights, theirs: _Run, batch: Batch) -> Apart:
+    """Compare ours without an option: by its outputs alone if they show it, else by its loss and gradients too."""
+    model = _build_ours(variant, weights)
+    with torch.no_grad():
+        outputs = _outputs_apart(model(variant.batch.columns), theirs, batch)
+    if outputs >= OUTPUT_BOUND:
+        return Apart(outputs, loss=0.0, gradients={})
+    return compare(_run_ours(variant, weights, model), theirs, batch)
 
 
 @dataclass(frozen=True)
@@ -159,7 +178,7 @@ def measure(config: dict[str, Any], directory: Path) -> Found:
     # padding makes no difference to a decoder's options, but some of an encoder's show there alone
     base, reference = (plain, theirs) if isinstance(core, DecoderConfig) else (padded, theirs_padded)
     without = {
-        name: compare(_run_ours(variant, weights), reference, base)
+        name: _compare_without(variant, weights, reference, base)
         for name, variant in without_each_option(core, base).items()
     }
     (directory / "config.json").write_text(json.dumps(config_json(weights.model, "float32")))

@@ -16,8 +16,9 @@ from tests.ranks import run_grid
 
 RECIPE = Recipe(global_batch=12, micro_batch=2, batches=(4, 8, 8, 12, 4))
 OFFLOADED = (("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "cpu"}}),)
-PLACES = [Place(2, 1, 2, 3), replace(Place(1, 1, 2, 2), extra=OFFLOADED), Place(2, 2, 1, 1, True)]
+PLACES = [Place(1, 1, 2, 3), replace(Place(1, 1, 2, 2), extra=OFFLOADED), Place(2, 2, 1, 1, True)]
 SWEPT = [
+    Place(2, 1, 2, 3),
     Place(1, 1, 1, 0),
     Place(1, 1, 2, 1),
     Place(2, 1, 2, 2, True),

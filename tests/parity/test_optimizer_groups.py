@@ -12,6 +12,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.runtime import load_model
 from megatron_ds.runtime.optimizer_groups import grouped_parameters
 from tests.checkpoint.runs import CUT, apart, resumed_at, saved_at
+from tests.halves import swept
 from tests.made_once import MakeOnce
 from tests.parity import adapter_cases
 from tests.parity.cases import CONFIGS, Recipe
@@ -28,8 +29,9 @@ GROUPS = (
 )
 RECIPE = Recipe(groups=GROUPS)
 EXPERTS = Recipe(groups=(("*.mlp.experts.*", 0.2, 0.0), ("*.mlp.gate.*", 4.0, None)))
-PLACES = [Place(1, 1, 1, 0), Place(2, 1, 2, 3), Place(2, 2, 1, 1, True)]
+PLACES = [Place(1, 1, 1, 0), Place(1, 1, 2, 3), Place(2, 2, 1, 1, True)]
 SWEPT = [
+    Place(2, 1, 2, 3),
     Place(2, 1, 2, 2, True),
     Place(1, 1, 2, 1),
     Place(2, 1, 1, 0),
@@ -62,12 +64,16 @@ def test_experts_and_routers_in_groups_of_their_own(place: Place, references: An
 
 
 @pytest.mark.parametrize(
-    "other", [Place(1, 2, 1, 1), pytest.param(Place(1, 1, 2, 3), marks=pytest.mark.sweep)], ids=str
+    ("place", "other"),
+    [
+        (Place(1, 1, 2, 2), Place(1, 2, 1, 1)),
+        *swept(*((Place(2, 1, 2, 2, True), other) for other in (Place(1, 2, 1, 1), Place(1, 1, 2, 3)))),
+    ],
+    ids=str,
 )
-def test_checkpoints_do_not_depend_on_the_groups(other: Place, references: Any, tmp_path: Path) -> None:
+def test_checkpoints_do_not_depend_on_the_groups(place: Place, other: Place, references: Any, tmp_path: Path) -> None:
     """Saved at one layout; resumed there bit for bit, and at another, whose stages have other groups."""
     directory, _ = references("llama", RECIPE)
-    place = Place(2, 1, 2, 2, True)
     curve = saved_at(directory, place, RECIPE, tmp_path)
     checkpoint = tmp_path / name_of(CUT)
     assert resumed_at(checkpoint, place, RECIPE) == curve[CUT:]

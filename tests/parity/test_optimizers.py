@@ -50,7 +50,7 @@ SAMPLE = [
     ("lion", "tp2-sp"),
     ("sgd", "pp2"),
     ("sgd", "z2"),
-    ("adafactor", "tp2-sp-z3"),
+    ("adafactor", "z3"),
     ("adafactor", "pp2"),
     ("adafactor-momentum", "tp2-sp"),
 ]
