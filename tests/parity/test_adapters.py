@@ -75,16 +75,17 @@ PLACES = [
     Place(1, 1, 2, 2),
     Place(2, 1, 2, 3, True),
 ]
+MORE_PLACES = (Place(2, 1, 2, 3), Place(1, 2, 1, 1), Place(1, 1, 2, 3), Place(2, 1, 1, 3))
 # More ranks than key heads, which several of them hold.
 FOUR_TENSOR_RANKS = (Place(4, 1, 1, 1, True), Place(4, 1, 1, 1), Place(4, 1, 1, 3))
 EVERYTHING = [
-    *((name, place) for name in CONFIGS for place in [*PLACES, Place(2, 1, 2, 3), Place(1, 2, 1, 1)]),
+    *((name, place) for name in CONFIGS for place in [*PLACES, *MORE_PLACES]),
     *(
         (name, Place(2, 1, 1, 2, True))
         for name in ("untied", "kept-tied", "dora-fused", "dora-fused-gate", "pissa-fused")
     ),
     *((name, place) for name in ("all", "scalings-shared-biased", "dora") for place in FOUR_TENSOR_RANKS),
-    ("dora", Place(2, 1, 2, 3, recompute="full")),
+    *(("dora", place) for place in (Place(1, 1, 2, 3, recompute="full"), Place(2, 1, 2, 3, recompute="full"))),
     ("some-layers", Place(2, 1, 1, 2, True, recompute="full")),
     ("llama", Place(1, 2, 2, 1, recompute="full")),
 ]
@@ -102,15 +103,11 @@ def facts(run: tuple[str, Place]) -> set[Any]:
     (name, place), mine = run, kind(run[0])
     return {
         *((name, "tensor") for _ in range(place.tp > 1)),
-        *(
-            (mine, "tensor", min(place.tp, 2), place.sp),
-            (mine, "pipeline", place.pp > 1),
-            (mine, "zero", place.zero == 3),
-        ),
+        *((mine, "tensor", place.tp > 1, place.sp), (mine, "pipeline", place.pp > 1), (mine, "zero", place.zero == 3)),
         *((mine, "heads of several ranks") for _ in range(place.tp == 4)),
-        *(("zero", place.zero), ("data", place.dp > 1), ("recompute", place.recompute, place.pp > 1, place.zero == 3)),
-        *((name, "tied over stages") for _ in range(place.pp > 1 and name in ("untied", "kept-tied"))),
-        *((name, "stages without adapters") for _ in range(place.pp > 1 and name == "some-layers")),
+        *((name, "several stages") for _ in range(place.pp > 1 and name in ("untied", "kept-tied", "some-layers"))),
+        *(("zero", place.zero, "tensor", place.tp > 1 and place.zero == 3), ("data", place.dp > 1)),
+        ("recompute", place.recompute, place.pp > 1, place.zero == 3),
     }
 
 

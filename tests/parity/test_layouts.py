@@ -35,7 +35,7 @@ PLACES = [
     Place(1, 1, 4, 1),
     Place(2, 2, 2, 1, True),
 ]
-FOUR_TENSOR_RANKS = [Place(4, 1, 1, 1), Place(4, 1, 1, 3)]
+FOUR_TENSOR_RANKS = [Place(4, 1, 1, 1)]
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 TIED = ("gpt2", "llama-tied-bias", "qwen2-tied", "qwen3")
 SHARED_HEADS = ("qwen2-2kv", "llama-1kv", "llama-uneven")  # more tensor ranks than key and value heads divide into
@@ -45,7 +45,12 @@ EVERYTHING = [
     for place in [*PLACES, *FOUR_TENSOR_RANKS]
     for mode in ("none", "selective", "full")
 ]
-FOUR_DATA_RANKS = [(case, Place(1, 1, 4, 3, recompute=mode)) for case in CONFIGS for mode in ("none", "full")]
+ZERO_3_ON_FOUR = [
+    (case, replace(place, recompute=mode))
+    for case in CONFIGS
+    for place in (Place(1, 1, 4, 3), Place(4, 1, 1, 3))
+    for mode in ("none", "selective", "full")
+]
 
 
 def facts(run: tuple[str, Place]) -> set[Any]:
@@ -81,7 +86,7 @@ TRAINED_ON_MORE_RANKS = [
 ]
 SAMPLE = covering(EVERYTHING, facts, cost_of)
 COVERING = SAMPLE + TRAINED
-SWEPT = EVERYTHING + FOUR_DATA_RANKS + TRAINED_ON_MORE_RANKS
+SWEPT = EVERYTHING + ZERO_3_ON_FOUR + TRAINED_ON_MORE_RANKS
 RECIPE = Recipe()
 FEW = Recipe(steps=3)  # for options that are in each step alike
 
