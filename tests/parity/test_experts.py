@@ -21,7 +21,7 @@ from tests.parity.family_cases import MOE_CASES
 from tests.parity.ours import Place, cost_of, engine_config, train_ours
 
 RECIPE = Recipe()
-SCALE = Recipe(steps=3, eps=1e-2)
+SCALE = Recipe(eps=1e-2)
 CASE = "mixtral-four-experts"
 # Expert ranks are the tensor ranks of these ...
 ON_TENSOR = [
@@ -129,7 +129,7 @@ def test_padding_equals_transformers(place: Place, references: Any) -> None:
 
 @pytest.mark.parametrize("place", [Place(1, 1, 2, 1, expert=2), *swept(Place(2, 2, 1, 1, True, expert=2))], ids=str)
 def test_packed_documents_equal_transformers(place: Place, references: Any) -> None:
-    check(CASE, place, replace(RECIPE, packed=True, steps=3), references)
+    check(CASE, place, replace(RECIPE, packed=True), references)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ BF16_BOUNDS = {"loss": 2e-3, "norm": 3e-2, "weights": 8e-2}
     ids=str,
 )
 def test_bf16_stays_near_a_bf16_reference(place: Place, references: Any) -> None:
-    recipe = replace(RECIPE, precision="bf16", steps=3)
+    recipe = replace(RECIPE, precision="bf16")
     directory, reference = references(CASE, recipe)
     errors = relative_errors(train_ours(directory, place, recipe), reference)
     assert all(errors[name] < bound for name, bound in BF16_BOUNDS.items()), errors

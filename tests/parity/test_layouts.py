@@ -88,7 +88,6 @@ SAMPLE = covering(EVERYTHING, facts, cost_of)
 COVERING = SAMPLE + TRAINED
 SWEPT = EVERYTHING + ZERO_3_ON_FOUR + TRAINED_ON_MORE_RANKS
 RECIPE = Recipe()
-FEW = Recipe(steps=3)  # for options that are in each step alike
 
 
 @pytest.mark.parametrize(("case", "place"), COVERING, ids=str)
@@ -118,9 +117,9 @@ def test_the_sample_covers_cases_layouts_and_options() -> None:
     "place", [Place(2, 1, 1, 1, True), Place(1, 1, 2, 3), *swept(Place(1, 1, 2, 0), Place(1, 2, 1, 1))], ids=str
 )
 def test_the_norm_is_known_without_clipping(place: Place, references: Any) -> None:
-    free = replace(FEW, grad_clip=0.0)
+    free = replace(RECIPE, grad_clip=0.0)
     directory, reference = references("qwen3", free)
-    assert max(reference["norms"]) > FEW.grad_clip, "the other tests must clip"
+    assert max(reference["norms"]) > RECIPE.grad_clip, "the other tests must clip"
     errors = relative_errors(train_ours(directory, place, free), reference)
     assert within_fp32(errors), errors
 
@@ -130,7 +129,7 @@ def test_the_norm_is_known_without_clipping(place: Place, references: Any) -> No
 )
 def test_left_padding_equals_transformers(place: Place, references: Any) -> None:
     """A key mask travels with the hidden states through tensor, sequence and pipeline parallelism."""
-    masked = replace(FEW, attention_mask=True)
+    masked = replace(RECIPE, attention_mask=True)
     directory, reference = references("llama", masked)
     errors = relative_errors(train_ours(directory, place, masked), reference)
     assert within_fp32(errors), errors
@@ -147,15 +146,15 @@ def test_left_padding_equals_transformers(place: Place, references: Any) -> None
     ids=str,
 )
 def test_offload_equals_transformers(place: Place, references: Any) -> None:
-    directory, reference = references("qwen2", FEW)
-    errors = relative_errors(train_ours(directory, place, FEW), reference)
+    directory, reference = references("qwen2", RECIPE)
+    errors = relative_errors(train_ours(directory, place, RECIPE), reference)
     assert within_fp32(errors), errors
 
 
 @pytest.mark.parametrize("section", [{}, {"stage": 1, "offload_optimizer": {"device": "cpu"}}], ids=["", "offload"])
 def test_a_stage_whose_norms_are_frozen_equals_transformers(section: dict[str, Any], references: Any) -> None:
     """It has no parameters without weight decay, and the other stage has: their gradient norm is one all the same."""
-    recipe = replace(FEW, frozen=("model.layers.[01].*norm*",))
+    recipe = replace(RECIPE, frozen=("model.layers.[01].*norm*",))
     directory, reference = references("llama", recipe)
     place = Place(1, 2, 1, 1, extra=(("zero_optimization", section),) if section else ())
     errors = relative_errors(train_ours(directory, place, recipe), reference)
@@ -174,9 +173,9 @@ def test_a_stage_whose_norms_are_frozen_equals_transformers(section: dict[str, A
 def test_deepspeeds_partitioned_recomputation_equals_transformers(place: Place, on_cpu: bool, references: Any) -> None:
     """What recomputation keeps is split over the tensor ranks by DeepSpeed where its JSON says so, and moved."""
     section = {"partition_activations": True, "cpu_checkpointing": on_cpu}
-    directory, reference = references("llama", FEW)
+    directory, reference = references("llama", RECIPE)
     place = replace(place, recompute="full", extra=(("activation_checkpointing", section),))
-    errors = relative_errors(train_ours(directory, place, FEW), reference)
+    errors = relative_errors(train_ours(directory, place, RECIPE), reference)
     assert within_fp32(errors), errors
 
 
@@ -197,7 +196,7 @@ BF16_BOUNDS = {"loss": 1e-3, "norm": 2e-2, "weights": 2e-2}
     ids=str,
 )
 def test_bf16_stays_near_a_bf16_reference(case: str, place: Place, references: Any) -> None:
-    recipe = replace(FEW, precision="bf16")
+    recipe = replace(RECIPE, precision="bf16")
     directory, reference = references(case, recipe)
     errors = relative_errors(train_ours(directory, place, recipe), reference)
     assert all(errors[name] < bound for name, bound in BF16_BOUNDS.items()), errors
