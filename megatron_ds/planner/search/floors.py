@@ -29,7 +29,7 @@ from megatron_ds.planner.timing import links
 from megatron_ds.planner.timing.pass_time import CONTENTION, Machine, pass_time
 from megatron_ds.planner.timing.placement import Placement
 from megatron_ds.planner.trace.setting import TraceSetting
-from megatron_ds.planner.zero_settings import zero_settings
+from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
 CERTAIN_S = 0.97
 """Share of bounds of time that is kept: measured times of a calibration need not grow with sizes as formulas do."""
@@ -223,14 +223,30 @@ class LayoutFloors:
             return reduced + gathered
         hidden_s = count * reduced
         if candidate.zero_stage == 3:
-            hidden_s += count * seconds("all_gather", size + max(0.0, size - 2 * self._reused_bytes))
+            num_bytes, gathers = self._gathers(candidate, size)
+            hidden_s += count * gathers * seconds("all_gather", num_bytes / gathers)
         waited_s = hidden_s - (1 - CONTENTION) * min(hidden_s, passes_s)
         return waited_s + (gathered if candidate.zero_stage == 2 else 0.0)
 
     @cached_property
-    def _reused_bytes(self) -> int:
-        """Bytes of weights that ZeRO-3 keeps from a forward to a backward pass, or the other way round."""
-        return zero_settings(self._given).max_reuse_distance * self._given.dtype.itemsize
+    def _zero(self) -> ZeroSettings:
+        return zero_settings(self._given)
+
+    def _gathers(self, candidate: Candidate, size: float) -> tuple[float, float]:
+        """Return the least bytes that ZeRO-3 gathers for a micro-batch, and the least number of gathers.
+
+        Weights stay from a forward to a backward pass, or the other way round, within the reuse distance. A gather has
+        the weights of a module, or of those to come until they exceed the bucket.
+
+        Args:
+            candidate: the layout.
+            size: bytes of the weights.
+        """
+        zero, element = self._zero, self._given.dtype.itemsize
+        again = size - 2 * zero.max_reuse_distance * element if zero.hpz == 1 else 0.0
+        num_bytes = size + max(0.0, again)
+        most = zero.prefetch_bucket_size + self._shares.largest_module / candidate.tensor
+        return num_bytes, max(1.0, num_bytes / (most * element))
 
     def memory(self, candidate: Candidate, activations: Sequence[float]) -> tuple[int, int]:
         """Return the least memory of the device and the host that need most.

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.models.context import BuildContext
-from megatron_ds.planner.held_parameters import HeldParameter, hold_stage
+from megatron_ds.planner.held_parameters import HeldParameter, HeldStage, hold_stage, num_elements
 from megatron_ds.planner.plan_input import PlanInput
 
 
@@ -69,9 +69,18 @@ class StageShares:
         return *_by_kind(own), *_by_kind(trained)
 
     @cached_property
+    def largest_module(self) -> int:
+        """Elements of the parameters that one module reads itself, at most."""
+        return max(num_elements(used) for used in self._stage.used.values())
+
+    @cached_property
+    def _stage(self) -> HeldStage:
+        return hold_stage(self._whole, 0)
+
+    @cached_property
     def _parameters(self) -> dict[int, list[HeldParameter]]:
         found: dict[int, list[HeldParameter]] = {}
-        for one in hold_stage(self._whole, 0).parameters:
+        for one in self._stage.parameters:
             found.setdefault(one.layer, []).append(one)
         return found
 

@@ -6,7 +6,7 @@ all exact estimates.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -51,6 +51,7 @@ class Case:
         varies: fields of candidates.
         offload: what may be moved to the host.
         length: positions of a sample.
+        zero: keys of `zero_optimization`.
     """
 
     name: str
@@ -61,14 +62,14 @@ class Case:
     varies: frozenset[str] = EVERYTHING
     offload: bool = False
     length: int = 4096
+    zero: dict[str, int] = field(default_factory=dict)
 
     def searched(self) -> SearchInput:
+        precision = {} if self.precision == "fp32" else {self.precision: {"enabled": True}}
         run = build_run(
             {
                 "model": {"config": self.model},
-                "deepspeed": {self.precision: {"enabled": True}, "zero_optimization": {"stage": 1}}
-                if self.precision != "fp32"
-                else {"zero_optimization": {"stage": 1}},
+                "deepspeed": {**precision, "zero_optimization": {"stage": 1, **self.zero}},
                 "data": {"format": "indexed", "train": ["tokens"], "seq_length": self.length},
                 "optimizer": {"lr": 1e-4},
                 "train": {"steps": 1, "global_batch_size": self.batch},
@@ -79,9 +80,10 @@ class Case:
 
 
 FEW, SOME = EVERYTHING - {"keep_attention", "recompute"}, EVERYTHING - {"keep_attention"}
+FEW_WEIGHTS = {"stage3_prefetch_bucket_size": 200_000, "stage3_max_reuse_distance": 1_000_000}
 CASES = [
-    Case("dense", DENSE, batch=4, ranks=4, varies=SOME, length=2048),
-    Case("experts", EXPERTS, batch=4, ranks=4, varies=FEW, length=2048),
+    Case("dense", DENSE, batch=2, ranks=4, varies=SOME, length=2048, zero=FEW_WEIGHTS),
+    Case("experts", EXPERTS, batch=4, ranks=4, varies=FEW, length=1024),
     *(
         pytest.param(one, marks=pytest.mark.sweep)
         for one in (
@@ -89,6 +91,7 @@ CASES = [
             Case("dense on 8, offloaded", DENSE, batch=8, varies=SOME, offload=True, length=2048),
             Case("dense in fp32", DENSE, "fp32", batch=8, varies=SOME),
             Case("dense in fp16", DENSE, "fp16", batch=8, varies=SOME),
+            Case("dense on 8, few weights gathered", DENSE, batch=8, varies=FEW, zero=FEW_WEIGHTS),
             Case("short", DENSE, length=1024, batch=64, varies=FEW),
             Case("experts on 8", EXPERTS, batch=16, varies=SOME),
             Case("experts on 8, offloaded", EXPERTS, batch=8, varies=SOME, offload=True, length=2048),
