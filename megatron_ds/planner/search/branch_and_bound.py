@@ -174,6 +174,7 @@ def _search(
     counts = SearchCounts()
     ordered = islice(best_first(space.chains(), estimators, limits, is_legal, counts), num_found)
     found = [FoundLayout(one, estimate, with_candidate(space.run, one)) for one, estimate in ordered]
+    found.sort(key=lambda one: one.estimate.step_s)  # by measured times a bound may be slightly too high
     return SearchResult(tuple(found), counts)
 
 

@@ -127,7 +127,7 @@ class PlannedEstimators:
             stage.in_flight(count) * (kept[stage.end] - kept[stage.first]) + _passing_bytes(traces[stage.end - 1])
             for stage in stages
         ]
-        device, host = self.floor.memory(candidate, activations)
+        device, host = self.floor.memory(candidate, activations, count)
         return Estimate(passes_s + CERTAIN_S * self.floor.gradients_s(candidate, passes_s), device, host)
 
     def timed(self, candidate: Candidate) -> Estimate:

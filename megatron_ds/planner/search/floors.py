@@ -8,7 +8,7 @@ are those of the pipeline's real stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import ceil
@@ -16,12 +16,11 @@ from typing import Any
 
 from megatron_ds.config import ContextPlan, ParallelSection
 from megatron_ds.parallel.grid import Layout
-from megatron_ds.planner.memory.engine import FP32
-from megatron_ds.planner.memory.stage import allowances
 from megatron_ds.planner.operations import Collective, CollectiveKind, LayerTrace
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles import Device, Network
 from megatron_ds.planner.search.branch_and_bound import Estimate
+from megatron_ds.planner.search.memory_floors import MemoryFloors
 from megatron_ds.planner.search.model_traces import ModelTraces
 from megatron_ds.planner.search.space import LARGEST_MICRO_BATCH, Candidate
 from megatron_ds.planner.search.stage_shares import StageShare, StageShares
@@ -97,7 +96,7 @@ class LayoutFloors:
         last_s = (count * last.num_blocks + last.blocks_before) * block_s + count * share.tail_s
         passes_s = rows * max(block_s * max(ends_s), last_s, average_s)
         activations = [rows * share.kept_bytes * stage.num_blocks * stage.in_flight(count) for stage in stages]
-        device, host = self.memory(candidate, activations)
+        device, host = self.memory(candidate, activations, count)
         return Estimate(CERTAIN_S * (passes_s + self.gradients_s(candidate, passes_s)), device, host)
 
     def _num_micro_batches(self, candidate: Candidate) -> int:
@@ -116,18 +115,38 @@ class LayoutFloors:
         return replace(setting, offload_activations=False, keep_attention=False)
 
     @cached_property
+    def memory(self) -> MemoryFloors:
+        """The bounds of memory."""
+        return MemoryFloors(self._given, self._shares)
+
+    @cached_property
     def _shares(self) -> StageShares:
         return StageShares(on_one_rank(self._given))
+
+    @property
+    def _largest_rows(self) -> int:
+        """Rows of which the experts of a rank get tokens, at most."""
+        return LARGEST_MICRO_BATCH * max(1, self._num_experts)
+
+    @property
+    def _num_experts(self) -> int:
+        return self._given.core.shape().num_experts
 
     def _body(self, candidate: Candidate, *, of_tensor: bool) -> _Body:
         """Return the passes of one rank in the largest micro-batch, or of a tensor rank in one with as many tokens."""
         names = ("recompute", "keep_attention", "offload_activations")
         tensor, sequence = (candidate.tensor, candidate.sequence) if of_tensor else (1, False)
-        rows = max(1, candidate.micro_batch_size // candidate.context) if of_tensor else LARGEST_MICRO_BATCH
-        key = (tensor, sequence, rows, *(getattr(candidate, name) for name in names))
+        rows, expert = self._largest_rows, None
+        if of_tensor:
+            folded = candidate.expert not in (None, tensor)
+            expert = 1 if folded else None  # all experts, which get the tokens of all ranks that divide them
+            rows = max(1, candidate.micro_batch_size * (candidate.expert or 1 if folded else 1) // candidate.context)
+        key = (tensor, sequence, expert, rows, *(getattr(candidate, name) for name in names))
         if key not in self._bodies:
             kept = {name: getattr(candidate, name) for name in names}
-            setting = replace(self._alone, tensor=tensor, sequence=sequence, micro_batch_size=rows, **kept)
+            setting = replace(
+                self._alone, tensor=tensor, sequence=sequence, expert=expert, micro_batch_size=rows, **kept
+            )
             traces = self._traces.of(setting)
             machine = Machine(
                 self._device, self._network, dict.fromkeys(("tensor", "neighbours"), self._placement(tensor, 1))
@@ -165,7 +184,7 @@ class LayoutFloors:
         if key not in self._known_exchanges:
             ranks = self._axes[axis]
             settings: dict[str, dict[str, Any]] = {
-                "tensor": {"tensor": ranks, "sequence": sequence},
+                "tensor": {"tensor": ranks, "sequence": sequence, "expert": 1 if self._num_experts else None},
                 "expert": {"expert": ranks},
                 "context": {"context": ContextPlan(ulysses=ranks)},
             }
@@ -208,111 +227,57 @@ class LayoutFloors:
         Stages 2 and 3 hide them behind the passes, which take at least `passes_s`: then each second of them costs
         `CONTENTION` of one, and what is longer than the passes costs all of it.
         """
-        ranks = self._given.machines.world_size // candidate.tensor // candidate.pipeline
-        if ranks == 1:
-            return 0.0
-        dense = sum(stage.dense for stage in self.stages(candidate.pipeline)) / candidate.pipeline
-        size = dense / candidate.tensor * self._given.dtype.itemsize
-        placement, count = self._placement(ranks, candidate.tensor), self._num_micro_batches(candidate)
+        count, hidden_s, waited_s = self._num_micro_batches(candidate), 0.0, 0.0
+        for number, ranks, placement in self._shared(candidate):
+            reduced = self._shard_s(
+                "reduce_scatter" if candidate.zero_stage == 3 else "all_reduce", number, ranks, placement
+            )
+            if candidate.zero_stage == 3:
+                weights, gathers = self._gathers(candidate, number)
+                hidden_s += count * gathers * self._shard_s("all_gather", weights / gathers, ranks, placement)
+            elif candidate.zero_stage:
+                waited_s += self._shard_s("all_gather", number, ranks, placement)
+            if candidate.zero_stage < 2:
+                waited_s += reduced
+            else:
+                hidden_s += count * reduced
+        return waited_s + hidden_s - (1 - CONTENTION) * min(hidden_s, passes_s)
 
-        def seconds(kind: CollectiveKind, num_bytes: float) -> float:
-            return links.seconds(Collective(kind, "shard", int(num_bytes), ranks), placement, self._network)
+    def _shared(self, candidate: Candidate) -> Iterator[tuple[float, int, Placement]]:
+        """Yield elements of a rank, those of experts apart, and the ranks that hold the same, with their placement."""
+        stages, expert = self.stages(candidate.pipeline), candidate.expert or candidate.tensor
+        ranks = self._given.machines.world_size // candidate.pipeline
+        dense, experts = (
+            sum(getattr(stage, kind) for stage in stages) for kind in ("trained_dense", "trained_experts")
+        )
+        for number, divided in ((dense, candidate.tensor), (experts, expert)):
+            if number and ranks > divided:
+                yield number / len(stages) / divided, ranks // divided, self._placement(ranks // divided, divided)
 
-        reduced, gathered = seconds("reduce_scatter", size), seconds("all_gather", size)
-        if candidate.zero_stage < 2:
-            return reduced + gathered
-        hidden_s = count * reduced
-        if candidate.zero_stage == 3:
-            num_bytes, gathers = self._gathers(candidate, size)
-            hidden_s += count * gathers * seconds("all_gather", num_bytes / gathers)
-        waited_s = hidden_s - (1 - CONTENTION) * min(hidden_s, passes_s)
-        return waited_s + (gathered if candidate.zero_stage == 2 else 0.0)
+    def _shard_s(self, kind: CollectiveKind, number: float, ranks: int, placement: Placement) -> float:
+        """Return the seconds of a collective of weights or gradients."""
+        num_bytes = int(number * self._given.dtype.itemsize)
+        return links.seconds(Collective(kind, "shard", num_bytes, ranks), placement, self._network)
 
     @cached_property
     def _zero(self) -> ZeroSettings:
         return zero_settings(self._given)
 
-    def _gathers(self, candidate: Candidate, size: float) -> tuple[float, float]:
-        """Return the least bytes that ZeRO-3 gathers for a micro-batch, and the least number of gathers.
+    def _gathers(self, candidate: Candidate, number: float) -> tuple[float, float]:
+        """Return the least elements that ZeRO-3 gathers for a micro-batch, and the least number of gathers.
 
         Weights stay from a forward to a backward pass, or the other way round, within the reuse distance. A gather has
         the weights of a module, or of those to come until they exceed the bucket.
 
         Args:
             candidate: the layout.
-            size: bytes of the weights.
+            number: elements of the weights.
         """
-        zero, element = self._zero, self._given.dtype.itemsize
-        again = size - 2 * zero.max_reuse_distance * element if zero.hpz == 1 else 0.0
-        num_bytes = size + max(0.0, again)
-        most = zero.prefetch_bucket_size + self._shares.largest_module / candidate.tensor
-        return num_bytes, max(1.0, num_bytes / (most * element))
-
-    def memory(self, candidate: Candidate, activations: Sequence[float]) -> tuple[int, int]:
-        """Return the least memory of the device and the host that need most.
-
-        Args:
-            candidate: the layout and settings.
-            activations: bytes that each stage holds at once, temporaries of passes included.
-        """
-        count, device, host = self._num_micro_batches(candidate), 0.0, 0.0
-        for stage, kept in zip(self.stages(candidate.pipeline), activations):
-            fixed, gradients, hosted = self._held(candidate, stage)
-            lasting = self._keeps_gradients(candidate) or count > stage.in_flight(count)
-            device = max(device, fixed + kept + (gradients if lasting else 0), fixed + gradients)
-            host = max(host, hosted)
-        if self._given.machines.device_type != "cpu":
-            device += sum(allowances(self._num_axes(candidate), int(device)).values())
-        return int(device), int(host)
-
-    def _num_axes(self, candidate: Candidate) -> int:
-        data = self._given.machines.world_size // candidate.model_ranks
-        sizes = [data, candidate.tensor, candidate.pipeline, candidate.context]
-        if self._given.core.shape().num_experts:
-            sizes.append(candidate.expert or candidate.tensor)
-        return sum(size > 1 for size in sizes)
-
-    def _keeps_gradients(self, candidate: Candidate) -> bool:
-        """Return whether gradients have memory also before a step's first backward pass."""
-        sums_all = candidate.zero_stage == 1 and self._given.engine.summary.precision == "bf16"
-        return candidate.zero_stage == 3 or sums_all
-
-    @property
-    def _sums(self) -> int:
-        """Bytes of an element of the gradients that stage 1 keeps."""
-        return FP32 if self._given.engine.summary.precision == "bf16" else self._given.dtype.itemsize
-
-    def _held(self, candidate: Candidate, stage: StageShare) -> tuple[float, float, float]:
-        """Return bytes of weights and optimizer state, of gradients, and those on the host.
-
-        Stage 1 keeps gradients whole, stages 2 and 3 a part of them. The optimizer has fp32 weights, and at least the
-        state that it has of every element.
-        """
-        element, tensor = self._given.dtype.itemsize, candidate.tensor
-        expert = candidate.expert or tensor
-        ranks = self._given.machines.world_size // tensor // candidate.pipeline
-        state = self._state_bytes + (FP32 if element < FP32 or candidate.zero_stage else 0)
-        fixed = gradients = host = 0.0
-        parts = (
-            (stage.dense / tensor, stage.trained_dense / tensor, ranks),
-            (stage.experts / expert, stage.trained_experts / expert, max(1.0, ranks * tensor / expert)),
-        )
-        for number, trained, shards in parts:
-            if not candidate.offload_param:
-                fixed += number * element / (shards if candidate.zero_stage == 3 else 1)
-            moved = trained * state / (shards if candidate.zero_stage else 1)
-            if candidate.offload_optimizer:
-                host += moved
-            else:
-                fixed += moved
-                gradients += trained * (self._sums if candidate.zero_stage == 1 else element / shards)
-        return fixed, gradients, host
-
-    @cached_property
-    def _state_bytes(self) -> int:
-        """Bytes of the optimizer's state of an element."""
-        section = self._given.config.optimizer
-        return 8 if section is not None and section.name == "adamw" else 0
+        again = number - 2 * self._zero.max_reuse_distance if self._zero.hpz == 1 else 0.0
+        gathered = number + max(0.0, again)
+        divided = min(candidate.tensor, candidate.expert or candidate.tensor)
+        most = self._zero.prefetch_bucket_size + self._shares.largest_module / divided
+        return gathered, max(1.0, gathered / most)
 
 
 def both_passes(traces: Sequence[LayerTrace], machine: Machine) -> list[float]:
