@@ -32,6 +32,8 @@ from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
 CERTAIN_S = 0.97
 """Share of bounds of time that is kept: measured times of a calibration need not grow with sizes as formulas do."""
+ENOUGH_ROWS = 256
+"""Rows whose tokens fill the tiles of every expert's products, so that more rows are no faster, within a percent."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ class LayoutFloors:
 
     @property
     def _largest_rows(self) -> int:
-        """Rows of which the experts of a rank get tokens, at most."""
-        return LARGEST_MICRO_BATCH * max(1, self._num_experts)
+        """Rows of which the experts of a rank get tokens, at most, or so many that more would change nothing."""
+        return min(ENOUGH_ROWS, LARGEST_MICRO_BATCH * max(1, self._num_experts))
 
     @property
     def _num_experts(self) -> int:
@@ -140,7 +142,8 @@ class LayoutFloors:
         if of_tensor:
             folded = candidate.expert not in (None, tensor)
             expert = 1 if folded else None  # all experts, which get the tokens of all ranks that divide them
-            rows = max(1, candidate.micro_batch_size * (candidate.expert or 1 if folded else 1) // candidate.context)
+            gathered = candidate.micro_batch_size * (candidate.expert or 1 if folded else 1)
+            rows = min(self._largest_rows, max(1, gathered // candidate.context))
         key = (tensor, sequence, expert, rows, *(getattr(candidate, name) for name in names))
         if key not in self._bodies:
             kept = {name: getattr(candidate, name) for name in names}
