@@ -100,7 +100,10 @@ class MemoryCase:
         optimizer: name of the optimizer.
         section: further keys of `zero_optimization`.
         settings: further fields of the engine's config.
+        deepspeed: further sections of the DeepSpeed JSON.
         freeze: patterns of names of tensors that are not trained.
+        peft: fields of a peft config, whose adapters are trained.
+        directory: of the model with its weights, which adapters need; None = weights are random.
     """
 
     name: str
@@ -119,7 +122,10 @@ class MemoryCase:
     optimizer: str = "adamw"
     section: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
+    peft: Mapping[str, Any] | None = None
+    directory: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -140,6 +146,7 @@ class MemoryCase:
             "deepspeed": {
                 "zero_optimization": zero,
                 **({self.precision: {"enabled": True}} if self.precision != "fp32" else {}),
+                **self.deepspeed,
             },
             "optimizer": {"name": self.optimizer, "lr": 1e-4, "grad_clip": 1.0},
             "global_batch_size": self.micro_batch * self.micro_batches * self.data,
@@ -163,8 +170,14 @@ class MemoryCase:
         return PlanInput(model.layers, model.hf.core, engine, self.rows, machines, frozen=model.frozen)
 
     def load(self) -> LoadedModel:
-        """Return the model, with random weights."""
-        return load_model(dict(MODELS[self.model]), freeze=self.freeze)
+        """Return the model."""
+        return load_model(self.directory or dict(MODELS[self.model]), freeze=self.freeze, peft=self.peft)
+
+    def save(self, directory: str) -> None:
+        """Save the model with random weights, as `directory` has it."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[self.model])).save_pretrained(directory)
 
     def batch(self) -> dict[str, Tensor]:
         """Return a global batch."""
@@ -182,7 +195,20 @@ _FULL, _SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 _OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 _WEIGHTS_TOO = {**_OFFLOAD, "offload_param": {"device": "cpu"}}
 _FREEZE = ("model.embed_tokens.*", "model.layers.0.*", "model.layers.1.*")
+_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_DIVIDED = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 50_000}  # fmt: skip
+_OVERLAP = {"overlap_comm": True}
+_EMA = {"ema": {"decay": 0.99}}
+_FP32_SUMS, _BF16_SUMS = ({"data_types": {"grad_accum_dtype": dtype}} for dtype in ("fp32", "bf16"))
 _Case = MemoryCase
+
+
+def _short(name: str, model: str = "llama", **fields: Any) -> MemoryCase:
+    """A case with so few tokens that weights, gradients and state are nearly all of the memory."""
+    section = {"reduce_bucket_size": 20_000, **fields.pop("section", {})}
+    return MemoryCase(name, model, micro_batch=1, seq_length=16, section=section, **fields)
+
 
 SAMPLE = (
     _Case("llama bf16 tensor 2 sequence zero 1", tensor=2, sequence=True, precision="bf16", settings=_SELECTIVE),
@@ -191,6 +217,18 @@ SAMPLE = (
     _Case("llama zero 3 data 2 full", zero=3, data=2, settings=_FULL),
     _Case("bert zero 1 offload", "bert", data=2, section=_OFFLOAD),
     _Case("mixtral expert 2", "mixtral", data=2, expert=2, zero=1, precision="bf16"),
+    _Case(
+        "llama lora bf16 zero 3 divided full",
+        zero=3,
+        data=2,
+        precision="bf16",
+        settings=_FULL,
+        section=_DIVIDED,
+        peft=_LORA,
+    ),
+    _short("llama muon short bf16 zero 1", data=2, precision="bf16", optimizer="muon"),
+    _short("llama short bf16 zero 2", zero=2, data=2, precision="bf16"),
+    _Case("llama averaged weights zero 3", zero=3, data=2, settings=_EMA),
 )
 MORE = (
     _Case("llama zero 0", zero=0, data=2),
@@ -257,4 +295,74 @@ MORE = (
     _Case("mixtral expert 2 zero 2", "mixtral", data=2, expert=2, zero=2),
     _Case("mixtral expert 2 zero 3", "mixtral", data=2, expert=2, zero=3),
     _Case("mixtral full", "mixtral", data=2, zero=1, settings=_FULL),
+    _Case("llama lora zero 0", zero=0, data=2, peft=_LORA),
+    _Case("llama lora zero 1", data=2, peft=_LORA),
+    _Case("llama lora bf16 zero 1", data=2, precision="bf16", peft={**_LORA, "lora_dropout": 0.1}),
+    _Case("llama lora zero 2 full", zero=2, data=2, settings=_FULL, peft=_LORA),
+    _Case("llama lora bf16 zero 2", zero=2, data=2, precision="bf16", peft=_LORA),
+    _Case("llama lora zero 3", zero=3, data=2, peft=_LORA),
+    _Case("llama lora tensor 2 sequence", tensor=2, sequence=True, peft=_LORA),
+    _Case("llama lora pipeline 2", pipeline=2, micro_batches=4, peft=_LORA),
+    _short("llama lora short bf16 zero 1", data=2, precision="bf16", peft=_LORA),
+    _short("llama lora short zero 3 divided full", zero=3, data=2, settings=_FULL, section=_DIVIDED, peft=_LORA),
+    _Case("llama muon zero 0", zero=0, tensor=2, optimizer="muon"),
+    _Case("llama muon zero 1", data=2, optimizer="muon"),
+    _Case("llama muon bf16 zero 1", data=2, precision="bf16", optimizer="muon"),
+    _Case("llama muon zero 2", zero=2, data=2, optimizer="muon"),
+    _Case("llama muon zero 3", zero=3, data=2, optimizer="muon"),
+    _Case("llama muon pipeline 2", pipeline=2, micro_batches=4, optimizer="muon"),
+    _short("llama muon short zero 0", zero=0, tensor=2, optimizer="muon"),
+    _short("llama muon short zero 2", zero=2, data=2, optimizer="muon"),
+    _short("llama muon short zero 3", zero=3, data=2, optimizer="muon"),
+    _Case("llama adafactor zero 0", zero=0, tensor=2, optimizer="adafactor"),
+    _Case("llama adafactor zero 1", data=2, optimizer="adafactor"),
+    _Case("llama adafactor zero 2", zero=2, data=2, optimizer="adafactor"),
+    _short("llama adafactor short zero 0", zero=0, tensor=2, optimizer="adafactor"),
+    _short("llama adafactor short bf16 zero 1", data=2, precision="bf16", optimizer="adafactor"),
+    _short("llama adafactor short zero 2", zero=2, data=2, optimizer="adafactor"),
+    _short("llama adafactor short zero 3", zero=3, data=2, optimizer="adafactor"),
+    _short("llama short zero 0", zero=0, data=2),
+    _short("llama short zero 1", data=2),
+    _short("llama short bf16 zero 1", data=2, precision="bf16"),
+    _short("llama short zero 2", zero=2, data=2),
+    _short("llama short zero 3", zero=3, data=2),
+    _short("llama short zero 3 divided", zero=3, data=2, section=_DIVIDED),
+    _short("llama short bf16 zero 3 all-reduce", zero=3, data=2, precision="bf16",
+           section={**_DIVIDED, "stage3_use_all_reduce_for_fetch_params": True}),
+    _short("llama short zero 3 two divisions", zero=3, data=4, section={**_DIVIDED, "zero_hpz_partition_size": 2}),
+    _short("llama short lion zero 2", zero=2, data=2, optimizer="lion"),
+    _short("llama short sgd zero 1", data=2, optimizer="sgd"),
+    _Case("llama overlap zero 1", data=2, section=_OVERLAP),
+    _Case("llama overlap bf16 zero 1", data=2, precision="bf16", section=_OVERLAP),
+    _Case("llama overlap zero 2", zero=2, data=2, section=_OVERLAP),
+    _Case("llama overlap bf16 zero 2", zero=2, data=2, precision="bf16", section=_OVERLAP),
+    _Case("llama no overlap zero 3", zero=3, data=2, section={"overlap_comm": False}),
+    _short("llama short overlap zero 2", zero=2, data=2, section=_OVERLAP),
+    _Case("llama averaged weights zero 0", zero=0, data=2, settings=_EMA),
+    _Case("llama averaged weights bf16 zero 1", data=2, precision="bf16", settings=_EMA),
+    _Case("llama averaged weights zero 2", zero=2, data=2, settings=_EMA),
+    _Case("llama averaged weights offload", data=2, section=_OFFLOAD, settings=_EMA),
+    _short("llama short averaged weights zero 2", zero=2, data=2, settings=_EMA),
+    _Case("llama fp32 sums bf16 zero 2", zero=2, data=2, precision="bf16", micro_batches=3, deepspeed=_FP32_SUMS),
+    _Case("llama bf16 sums bf16 zero 2", zero=2, data=2, precision="bf16", micro_batches=3, deepspeed=_BF16_SUMS),
+    _Case("llama bf16 sums bf16 zero 1", data=2, precision="bf16", micro_batches=3, deepspeed=_BF16_SUMS),
+    _short("llama short fp32 sums bf16 zero 2", zero=2, data=2, precision="bf16", deepspeed=_FP32_SUMS),
+    _Case("qwen3-tied pipeline 2 data 2 bf16", "qwen3-tied", pipeline=2, data=2, micro_batches=4, precision="bf16"),
+    _short("qwen3-tied short pipeline 2 data 2", "qwen3-tied", pipeline=2, data=2, micro_batches=4),
+    _short("gpt2 short pipeline 2 bf16", "gpt2", pipeline=2, data=2, micro_batches=4, precision="bf16"),
+    _Case("llama bf16 zero 0", zero=0, data=2, precision="bf16"),
+    _short("llama short bf16 zero 0", zero=0, data=2, precision="bf16"),
+    _short("mixtral muon short", "mixtral", data=2, optimizer="muon"),
+    _short("mixtral muon short expert 2 zero 3", "mixtral", zero=3, data=2, expert=2, optimizer="muon"),
+    _short("mixtral adafactor short", "mixtral", data=2, optimizer="adafactor"),
+    _short("llama muon short tensor 2 data 2 zero 3", zero=3, tensor=2, data=2, optimizer="muon"),
+    _short("llama muon short fp32 one rank", zero=0, optimizer="muon"),
+    _short("llama muon short offload", data=2, optimizer="muon", section=_OFFLOAD),
+    _short("llama lion short bf16 zero 1", data=2, precision="bf16", optimizer="lion"),
+    _short("llama lion short zero 0", zero=0, data=2, optimizer="lion"),
+    _short("llama lion short zero 3", zero=3, data=2, optimizer="lion", section=_DIVIDED),
+    _short("llama averaged weights short bf16 zero 1", data=2, precision="bf16", settings=_EMA),
+    _Case("llama frozen zero 3 divided full", zero=3, data=2, freeze=("model.layers.2.*", "model.layers.3.mlp.*"),
+          settings=_FULL, section=_DIVIDED),
+    _Case("bert lora zero 2", "bert", zero=2, data=2, peft=_LORA),
 )  # fmt: skip

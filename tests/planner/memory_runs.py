@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
@@ -72,6 +73,14 @@ def measure(info: RankInfo, case: MemoryCase) -> tuple[int, int]:
 
 def compare(case: MemoryCase) -> Sequence[Compared]:
     """Return the comparison of each pipeline stage."""
+    with TemporaryDirectory() as directory:
+        if case.peft is not None:
+            run_alone(case.save, directory)
+            case = replace(case, directory=directory)
+        return _compared(case)
+
+
+def _compared(case: MemoryCase) -> Sequence[Compared]:
     planned = run_alone(plan, case)
     peaks = run_ranks(measure, case.world_size, case)
     return [Compared(one, max(peak for number, peak in peaks if number == stage)) for stage, one in enumerate(planned)]

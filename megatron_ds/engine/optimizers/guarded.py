@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -111,6 +111,17 @@ class GuardedOptimizer(torch.optim.Optimizer):
             section: the run file's section.
         """
         return {}
+
+    @classmethod
+    def update_bytes(cls, sizes: Sequence[int]) -> int:
+        """Return the memory that an update of tensors needs besides them, their gradients and their state.
+
+        Plans count it. It is for updates that are elementwise.
+
+        Args:
+            sizes: elements of each tensor.
+        """
+        return 0
 
     def check_groups(self, grid: Grid) -> None:
         """Check that the parameters of all pipeline stages suit the optimizer. May be collective over the world.

@@ -6,6 +6,7 @@ many times its weight decay, with betas of 0.95 and 0.98 for language models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,3 +67,8 @@ class GuardedLion(GuardedOptimizer, Lion):
     def from_section(cls, groups: list[dict[str, Any]], section: OptimizerSection, device: torch.device) -> GuardedLion:
         """Return Lion with the run file's `betas`."""
         return cls(groups, lr=section.lr, betas=section.betas)
+
+    @classmethod
+    def update_bytes(cls, sizes: Sequence[int]) -> int:
+        """Return the bytes of the steps' directions, fp32, of as many elements as are updated at a time."""
+        return 4 * min(_CHUNK, max(sizes, default=0))

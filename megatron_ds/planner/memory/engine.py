@@ -9,15 +9,17 @@ stand in comments, to find the place again.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from megatron_ds.planner.held_parameters import HeldParameter, HeldStage
 from megatron_ds.planner.memory.ledger import Ledger
+from megatron_ds.planner.memory.update import UpdateBytes
 from megatron_ds.planner.moments import ModulePass
 from megatron_ds.planner.zero_settings import ZeroSettings
 
 WEIGHTS, MASTERS, OPTIMIZER, AVERAGE = "weights", "masters", "optimizer", "averaged weights"
+UPDATE = "update"
 GRADIENTS, BUCKETS, GATHERED = "gradients", "buckets", "gathered weights"
 FP32 = 4  # bytes
 
@@ -36,6 +38,8 @@ class EngineSetting:
         adds_in_products: products add gradients of matrices to fp32 sums; see `engine.gradient_sums`.
         num_micro_batches: of a step.
         state_bytes: of each parameter group, what the optimizer keeps of an element.
+        factor_bytes: name of a parameter -> what the optimizer keeps besides, on every rank with some of its elements.
+        update_bytes: what an update needs for a while.
     """
 
     zero: ZeroSettings
@@ -47,6 +51,8 @@ class EngineSetting:
     adds_in_products: bool = False
     num_micro_batches: int = 1
     state_bytes: Sequence[float] = ()
+    factor_bytes: Mapping[str, int] = field(default_factory=dict)
+    update_bytes: UpdateBytes = lambda parameters, sizes: 0
 
     @property
     def itemsize(self) -> int:
@@ -56,7 +62,7 @@ class EngineSetting:
     @property
     def sums_all_gradients(self) -> bool:
         """Every rank holds fp32 sums of all gradients: DeepSpeed takes its `BF16_Optimizer`."""
-        return self.zero.stage == 1 and self.precision == "bf16" and not self.zero.offloads_optimizer
+        return self.zero.bf16_sums
 
 
 class EngineMemory(ABC):
@@ -100,7 +106,18 @@ class EngineMemory(ABC):
     def states(self, numel: int, group: int) -> dict[str, int]:
         """Return part -> bytes of the optimizer's state for some elements of a group."""
         average = numel * FP32 if self.setting.averages_weights else 0
-        return {OPTIMIZER: round(numel * self.setting.state_bytes[group]), AVERAGE: average}
+        factors = sum(self.setting.factor_bytes.get(one.name, 0) for one in self.groups[group] if self.keeps(one))
+        return {OPTIMIZER: round(numel * self.setting.state_bytes[group]) + factors, AVERAGE: average}
+
+    def keeps(self, parameter: HeldParameter) -> bool:
+        """Return whether the rank has state of some elements of a parameter."""
+        return True
+
+    def update(self, parameters: Sequence[HeldParameter], sizes: Sequence[int]) -> None:
+        """Update parameters that are in tensors of some sizes, in one call of the optimizer."""
+        memory = self.host if self.zero.offloads_optimizer else self.device
+        with memory.holding(UPDATE, self.setting.update_bytes(parameters, sizes)):
+            pass
 
     def hold_frozen(self) -> None:
         """Hold the weights that are not trained, which ZeRO below stage 3 leaves as they are."""
@@ -146,6 +163,8 @@ class PlainEngine(EngineMemory):
 
     def step(self) -> None:
         """Update in place, and release the gradients."""
+        for group in self.groups:
+            self.update(group, [one.numel for one in group])
         self.device.release(GRADIENTS)
         self._have.clear()
 
@@ -154,7 +173,19 @@ class Bf16Engine(EngineMemory):
     """ZeRO-1 in bf16 (DeepSpeed's `BF16_Optimizer`): fp32 sums of all gradients on every rank, masters divided.
 
     A parameter keeps its bf16 gradient from the first backward pass on, because it is set to zero and not released.
+
+    Args:
+        held, setting, device, host: see `EngineMemory`.
+        rank: index of the rank among those that share the states.
     """
+
+    def __init__(self, held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger, rank: int = 0) -> None:
+        super().__init__(held, setting, device, host)
+        self._own = {name for group in self.groups for name in own_elements(group, self.ranks_of(group), rank)}
+
+    def keeps(self, parameter: HeldParameter) -> bool:
+        """Return whether the rank's partition has a part of a parameter."""
+        return parameter.name in self._own
 
     def build(self) -> None:
         """Hold flat weights and gradients of all parameters, and a part of the state."""
@@ -190,11 +221,31 @@ class Bf16Engine(EngineMemory):
 
     def step(self) -> None:
         """Update in place."""
+        for group in self.groups:
+            self.update(group, [padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)])
 
 
 def padded_numel(group: Iterable[HeldParameter], alignment: int) -> int:
     """Return the length of a group's flat vector."""
     return -(-sum(one.numel for one in group) // alignment) * alignment
+
+
+def own_elements(group: Sequence[HeldParameter], ranks: int, rank: int) -> dict[str, int]:
+    """Return the elements of each parameter that lie in a rank's partition of a group's flat vector, if any.
+
+    Args:
+        group: the parameters, in order.
+        ranks: number of partitions.
+        rank: index of a rank among those that share all states; experts' repeat.
+    """
+    size = padded_numel(group, 2 * ranks) // ranks
+    first, begin, found = rank % ranks * size, 0, {}
+    for one in group:
+        elements = min(begin + one.numel, first + size) - max(begin, first)
+        if elements > 0:
+            found[one.name] = elements
+        begin += one.numel
+    return found
 
 
 def filled_buckets(parameters: Iterable[HeldParameter], limit: int) -> Iterator[list[HeldParameter]]:

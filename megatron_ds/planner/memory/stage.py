@@ -19,6 +19,7 @@ from megatron_ds.planner.memory.engine import (
 from megatron_ds.planner.memory.ledger import Ledger
 from megatron_ds.planner.memory.optimizer_state import state_bytes_of
 from megatron_ds.planner.memory.stage_run import Boundary, StageRun, one_stage, pipelined_stage
+from megatron_ds.planner.memory.update import factor_bytes_of, update_bytes_of
 from megatron_ds.planner.memory.zero import FlatEngine, partitions_to_plan
 from megatron_ds.planner.memory.zero3 import DividedEngine
 from megatron_ds.planner.moments import ModulePass
@@ -42,10 +43,10 @@ class StageMemory:
 
     Attributes:
         stage: index of the pipeline stage.
-        parts: part -> bytes on the device at the peak: "weights", "masters", "optimizer", "averaged weights",
-            "gradients", "buckets", "gathered weights", "activations" with all temporaries, "gradients of activations",
-            "boundaries" (what pipeline stages exchange), "batch", and on a GPU "context", "communication" and
-            "fragmentation". Parts of which nothing is held are left out.
+        parts: part -> bytes on the device at the peak: "weights", "masters", "optimizer", "averaged weights", "update"
+            (what the optimizer needs while it updates), "gradients", "buckets", "gathered weights", "activations" with
+            all temporaries, "gradients of activations", "boundaries" (what pipeline stages exchange), "batch", and on a
+            GPU "context", "communication" and "fragmentation". Parts of which nothing is held are left out.
         when: the moment of the peak, such as "backward pass of blocks.3, micro-batch 2".
         host_parts: part -> bytes in host memory: what is offloaded, and copies of asynchronous saves.
         in_flight: the most micro-batches whose activations are held at once.
@@ -135,6 +136,8 @@ def engine_setting(given: PlanInput, held: HeldStage) -> EngineSetting:
         adds_in_products=given.machines.device_type == "cuda" and zero.bf16_sums,
         num_micro_batches=given.num_micro_batches,
         state_bytes=state_bytes_of(given, held),
+        factor_bytes=factor_bytes_of(given, held),
+        update_bytes=update_bytes_of(given, held, zero),
     )
 
 
@@ -158,7 +161,7 @@ def make_engine(
     if setting.zero.stage == 3:
         return DividedEngine(held, setting, device, host, passes)
     if setting.sums_all_gradients:
-        return Bf16Engine(held, setting, device, host)
+        return Bf16Engine(held, setting, device, host, rank)
     return FlatEngine(held, setting, device, host, rank)
 
 

@@ -13,6 +13,7 @@ from megatron_ds.planner.memory.engine import (
     WEIGHTS,
     EngineMemory,
     EngineSetting,
+    own_elements,
     padded_numel,
 )
 from megatron_ds.planner.memory.ledger import Ledger
@@ -33,18 +34,20 @@ class FlatEngine(EngineMemory):
     def __init__(self, held: HeldStage, setting: EngineSetting, device: Ledger, host: Ledger, rank: int = 0) -> None:
         super().__init__(held, setting, device, host)
         self._divides_gradients = setting.zero.stage == 2
-        self._sums_fp32 = setting.precision == "bf16"  # grad_accum_dtype; fp32 sums of the partition alone at stage 2
-        self._own: set[str] = set()
+        self._sums_fp32 = setting.zero.accumulated_bytes > self.item  # of the partition alone at stage 2
+        self._own: dict[str, int] = {}  # parameters that the rank's partition has a part of -> elements of it
         self._shared: set[str] = set()  # parameters that several partitions have a part of
-        for group in self.groups:
-            self._find_own(group, rank % self.ranks_of(group))
+        self._parts: list[int] = []  # elements of the partition of each group
+        self._group_of: dict[str, int] = {}
+        for index, group in enumerate(self.groups):
+            self._own |= own_elements(group, self.ranks_of(group), rank)
+            self._parts.append(padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group))
+            self._group_of |= {one.name: index for one in group}
+            self._find_shared(group, self._parts[-1])
 
-    def _find_own(self, group: Sequence[HeldParameter], rank: int) -> None:
-        size = padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)
+    def _find_shared(self, group: Sequence[HeldParameter], size: int) -> None:
         begin = 0
         for one in group:
-            if begin < (rank + 1) * size and begin + one.numel > rank * size:
-                self._own.add(one.name)
             if begin // size != (begin + one.numel - 1) // size:
                 self._shared.add(one.name)
             begin += one.numel
@@ -60,15 +63,14 @@ class FlatEngine(EngineMemory):
         setting, state = self.setting, self.host if self.zero.offloads_optimizer else self.device
         self.hold_frozen()
         for index, group in enumerate(self.groups):
-            ranks = self.ranks_of(group)
-            padded = padded_numel(group, 2 * ranks)
-            self.device.add(WEIGHTS, padded * self.item)  # bit16_groups_flat
-            state.add(MASTERS, padded // ranks * FP32)  # single_partition_of_fp32_groups
-            for part, num_bytes in self.states(padded // ranks, index).items():
+            own = self._parts[index]
+            self.device.add(WEIGHTS, own * self.ranks_of(group) * self.item)  # bit16_groups_flat
+            state.add(MASTERS, own * FP32)  # single_partition_of_fp32_groups
+            for part, num_bytes in self.states(own, index).items():
                 state.add(part, num_bytes)
             if setting.zero.offloads_optimizer:
-                self.host.add(GRADIENTS, padded // ranks * FP32)  # their .grad
-                self.host.add(BUCKETS, padded // ranks * self.item)  # param_buffer_of_bit16_for_cpu_offload_groups
+                self.host.add(GRADIENTS, own * FP32)  # their .grad
+                self.host.add(BUCKETS, own * self.item)  # param_buffer_of_bit16_for_cpu_offload_groups
         if setting.zero.offloads_optimizer:
             largest = max(one.numel for one in self.trained) * self.item
             self.host.add(BUCKETS, largest)  # temp_grad_buffer_for_cpu_offload
@@ -80,6 +82,7 @@ class FlatEngine(EngineMemory):
         self._filled: list[HeldParameter] = []  # the bucket
         self._has_bucket = False
         self._kept_bytes = 0  # gradients of the partition, of the micro-batches so far
+        self._sums: dict[int, int] = {}  # fp32 sums of the partition of each group that has any -> bytes
         self._own_bytes = 0  # grads_in_partition, of this reduction
 
     # ---- gradients -----------------------------------------------------------------------------------------------
@@ -129,16 +132,25 @@ class FlatEngine(EngineMemory):
         wide = FP32 if self._sums_in_attribute else self.item
         pieces = sum(2 if one.name in self._shared else 1 for one in self._filled)
         merged = all(self.ranks_of([one]) == 1 for one in self._filled) and not self._sums_fp32
-        if pieces > 1 and not merged:  # they are flattened once more
-            with self.device.holding(BUCKETS, sum(one.numel for one in self._filled) * wide):
-                pass
+        own = [one for one in self._filled if one.name in self._own]
+        for index in {self._group_of[one.name] for one in own if self._sums_fp32}:
+            self._hold_sums(index)
+        flat = sum(one.numel for one in self._filled) * wide if pieces > 1 and not merged else 0
+        cast = max((self._own[one.name] for one in own), default=0) * FP32 if self._sums_fp32 and wide < FP32 else 0
+        with self.device.holding(BUCKETS, flat):  # they are flattened once more
+            self.device.add(BUCKETS, cast)  # each is cast before it is added
+            self.device.release(BUCKETS, cast)
+        self._keep()
+        self._filled.clear()
+
+    def _keep(self) -> None:
+        """Keep gradients of the partition (copy_grads_in_partition), and release the others."""
         for one in self._filled:
             own = self._in_parameters.get(one.name)
             if one.name not in self._own:
                 if self._divides_gradients and own is not None:
                     self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
             elif self._sums_fp32:
-                self._hold_partition()
                 if self.zero.offloads_optimizer and own is not None:
                     self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
             elif self.zero.offloads_optimizer and own is not None:
@@ -149,14 +161,12 @@ class FlatEngine(EngineMemory):
                     self.device.add(GRADIENTS, self._own_bytes)
                 if own is not None:
                     self.device.release(GRADIENTS, self._in_parameters.pop(one.name))
-        self._filled.clear()
 
-    def _hold_partition(self) -> None:
-        """Hold sums in fp32 of the partition alone (_use_compact_grad_partition_buffer)."""
-        if not self._kept_bytes:
-            parts = [padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group) for group in self.groups]
-            self._kept_bytes = sum(parts) * FP32
-            self.device.add(GRADIENTS, self._kept_bytes)
+    def _hold_sums(self, index: int) -> None:
+        """Hold the sums in fp32 of a group's partition (_build_compact_grad_partition_buffer)."""
+        if index not in self._sums:
+            self._sums[index] = self._parts[index] * FP32
+            self.device.add(GRADIENTS, self._sums[index])
 
     # ---- ends ----------------------------------------------------------------------------------------------------
 
@@ -190,24 +200,38 @@ class FlatEngine(EngineMemory):
         largest = max(one.numel for one in self.trained) * self.item
         if self.device is not self.host:
             return largest
-        parts = [padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group) for group in self.groups]
-        return 2 * largest + sum(parts) * self.item
+        return 2 * largest + sum(self._parts) * self.item
 
     def step(self) -> None:
         """Flatten the partition's gradients, group by group, and update it."""
-        if not self.zero.offloads_optimizer:
-            for group in self.groups:
-                if not self._sums_fp32:  # flattened, and cast
-                    part = padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)
-                    flat = part * self.item
-                    cast = 0 if self.item == FP32 else part * FP32
-                    with self.device.holding(GRADIENTS, flat):
-                        self.device.add(GRADIENTS, cast)
-                    if cast:
-                        self.device.release(GRADIENTS, cast)
-        self.device.release(GRADIENTS, self._kept_bytes + sum(self._in_parameters.values()))
+        for index, group in enumerate(self.groups):
+            flat = self._flatten(index)
+            self._release_gradients(index, is_last=index + 1 == len(self.groups))
+            self.update(group, [self._parts[index]])
+            self.device.release(GRADIENTS, flat)
         self._kept_bytes = 0
-        self._in_parameters.clear()
+
+    def _flatten(self, index: int) -> int:
+        """Hold a vector of a group's gradients in fp32; return its bytes."""
+        part = self._parts[index]
+        if self.zero.offloads_optimizer:
+            return 0
+        if index in self._sums:  # it is one already
+            return self._sums.pop(index)
+        self.device.add(GRADIENTS, part * self.item)
+        if self.item == FP32:
+            return part * FP32
+        self.device.add(GRADIENTS, part * FP32)
+        self.device.release(GRADIENTS, part * self.item)
+        return part * FP32
+
+    def _release_gradients(self, index: int, *, is_last: bool) -> None:
+        """Release the gradients that have been flattened; those of all groups can be in one vector."""
+        for one in self.groups[index]:
+            self.device.release(GRADIENTS, self._in_parameters.pop(one.name, 0))
+        if is_last:
+            self.device.release(GRADIENTS, self._kept_bytes + sum(self._sums.values()))
+            self._sums.clear()
 
 
 def partitions_to_plan(held: HeldStage, setting: EngineSetting) -> list[int]:

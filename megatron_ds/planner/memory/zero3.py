@@ -96,7 +96,7 @@ class DividedEngine(EngineMemory):
 
     @property
     def _gradient_item(self) -> int:
-        return FP32 if self.setting.precision == "bf16" else self.item
+        return self.zero.accumulated_bytes
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
@@ -206,18 +206,24 @@ class DividedEngine(EngineMemory):
         """Release gathered weights, update the rank's parts, and gather small parameters again."""
         self.device.release(GATHERED)
         self._whole.clear()
-        if not self.zero.offloads_optimizer:
-            for group in self.groups:
-                for numel in self._sub_groups(group):
-                    cast = numel * FP32 if self._gradient_item != FP32 else 0
-                    with self.device.holding(GRADIENTS, numel * self._gradient_item + cast):
-                        pass
+        for group in self.groups:
+            for parameters in self._sub_groups(group):
+                numel = sum(self.part_of(one) for one in parameters)
+                flat = 0 if self.zero.offloads_optimizer else numel * self._gradient_item
+                cast = numel * FP32 if flat and self._gradient_item != FP32 else 0
+                with self.device.holding(GRADIENTS, flat + cast):
+                    pass
+                with self.device.holding(GRADIENTS, cast or flat):
+                    self.update(parameters, [numel])
         self._receive(self._persistent)
 
-    def _sub_groups(self, group: Sequence[HeldParameter]) -> list[int]:
-        sizes = [0]
+    def _sub_groups(self, group: Sequence[HeldParameter]) -> list[list[HeldParameter]]:
+        found: list[list[HeldParameter]] = [[]]
+        total = 0
         for one in group:
-            sizes[-1] += self.part_of(one)
-            if sizes[-1] >= self.zero.sub_group_size:
-                sizes.append(0)
-        return [size for size in sizes if size]
+            found[-1].append(one)
+            total += self.part_of(one)
+            if total >= self.zero.sub_group_size:
+                found.append([])
+                total = 0
+        return [one for one in found if one]

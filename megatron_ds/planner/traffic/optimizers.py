@@ -9,34 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
-
-import torch
 
 from megatron_ds.config import OptimizerSection
-from megatron_ds.engine.matrix_exchange import Holding, MatrixExchange
 from megatron_ds.engine.optimizers import OPTIMIZERS
 from megatron_ds.engine.tensor_sums import as_matrices
-from megatron_ds.layers.param_spec import ParamSpec
-from megatron_ds.parallel.grid import EXPERT, Axes, Axis
-from megatron_ds.planner.held_parameters import HeldParameter, HeldStage, num_elements
+from megatron_ds.planner.held_parameters import HeldParameter, HeldStage
+from megatron_ds.planner.matrix_exchanges import DTYPE_BYTES, matrix_exchange, stage_ranks
 from megatron_ds.planner.operations import Collective, Work
 from megatron_ds.planner.plan_input import PlanInput
-from megatron_ds.planner.traffic.gradients import shard_ranks
-from megatron_ds.planner.traffic.zero3 import divided_numel, sub_groups
-from megatron_ds.planner.zero_settings import ZeroSettings, padded
+from megatron_ds.planner.traffic.zero3 import sub_groups
+from megatron_ds.planner.zero_settings import ZeroSettings
 
 STAGE = "stage"
 FP64_BYTES = 8
-DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
-MOST_HOLDINGS = 200_000
-"""Ranges of parameters on the ranks of a stage, beyond which Muon's bytes are a mean over the ranks."""
 
 
 def optimizer_traffic(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> Work:
     """Return the communication of the optimizer's update on the first rank of a stage."""
     section, found = given.config.optimizer, Work()
-    ranks = given.layout.world_size // given.layout.pipeline
+    ranks = stage_ranks(given)
     if section is None or ranks == 1 or section.name not in _TRAFFIC:
         return found
     for group in held.groups:
@@ -67,7 +58,7 @@ class _Update:
     @property
     def ranks(self) -> int:
         """Ranks of the stage."""
-        return self.given.layout.world_size // self.given.layout.pipeline
+        return stage_ranks(self.given)
 
 
 def _of_adafactor(update: _Update) -> Work:
@@ -90,14 +81,11 @@ def _of_muon(update: _Update) -> Work:
         return Work()
     ranks, parameters = update.ranks, update.parameters
     size = DTYPE_BYTES[str(update.section.options.get("ns_dtype", "bf16"))]
-    if ranks * len(parameters) > MOST_HOLDINGS:
+    exchange = matrix_exchange(update.given, update.held, update.zero, parameters)
+    if exchange is None:  # a mean over the ranks
         total = sum(one.spec.numel for one in parameters)
         mean = int(Fraction(total * (ranks - 1), ranks * ranks)) * size
         return Work({Collective("all_to_all", STAGE, mean, ranks, uneven_bytes=mean): 2})
-    numbers = {one.name: number for number, one in enumerate(update.held.parameters)}
-    specs: dict[int, ParamSpec] = {numbers[one.name]: one.spec for one in parameters}
-    holdings = [_holdings(update.given, update.zero, rank, parameters, numbers) for rank in range(ranks)]
-    exchange = MatrixExchange(specs, holdings, Axis(ranks, 0, tuple(range(ranks))), torch.device("meta"))
     found = Work()
     for transfers in exchange.transfers:
         there = [one.piece.numel for one in transfers if one.sender == 0 and one.owner != 0]
@@ -108,35 +96,3 @@ def _of_muon(update: _Update) -> Work:
 
 
 _TRAFFIC: Mapping[str, Callable[[_Update], Work]] = {"adafactor": _of_adafactor, "muon": _of_muon}
-
-
-def _holdings(
-    given: PlanInput,
-    zero: ZeroSettings,
-    rank: int,
-    parameters: Sequence[HeldParameter],
-    numbers: Mapping[str, int],
-) -> list[Holding]:
-    """Return the ranges of parameters whose master weights a rank of the stage has; see `engine.group_holdings`."""
-    shard, tensor = divmod(rank, given.layout.tensor)
-    axes: Axes = {
-        "tensor": Axis(given.layout.tensor, tensor),
-        EXPERT: Axis(given.expert_ranks, rank % given.expert_ranks),
-    }
-    found, begin = [], 0
-    for one in parameters:
-        ranges = one.spec.local_ranges(axes)
-        ranks, own = shard_ranks(given, apart=one.apart), rank // given.expert_ranks if one.apart else shard
-        if zero.stage == 0:
-            start, stop = 0, one.numel
-        elif zero.stage == 3:
-            part = divided_numel(one, ranks) // ranks
-            start, stop = own * part, min((own + 1) * part, one.numel)
-        else:
-            part = padded(num_elements(parameters), ranks) // ranks
-            start, stop = max(0, own * part - begin), min(one.numel, (own + 1) * part - begin)
-        begin += one.numel
-        stop = min(stop, prod(last - first for first, last in ranges))
-        if start < stop:
-            found.append(Holding(numbers[one.name], ranges, start, stop))
-    return found

@@ -29,6 +29,7 @@ SMALL = {"reduce_bucket_size": 3000}
 FEW = {"stage3_max_live_parameters": 20000, "stage3_max_reuse_distance": 8000, "stage3_prefetch_bucket_size": 3000}
 HOST = {"offload_optimizer": {"device": "cpu"}}
 FROZEN = Recipe(frozen=("model.layers.[01].*", "model.embed_tokens*"))
+FROZEN_LATER = Recipe(frozen=("model.layers.[23].*",))  # they are computed again, because gradients pass through them
 MOE = "mixtral-four-experts"
 
 COVERING = [
@@ -67,6 +68,7 @@ MORE = [
     ("gpt2", with_settings(Place(1, 2, 2, 1), **HOST), BF16),
     ("llama", Place(1, 1, 2, 2), FROZEN),
     ("llama", with_settings(Place(1, 1, 2, 3), **FEW, **SMALL), FROZEN),
+    ("llama", with_settings(Place(1, 1, 2, 3, recompute="full"), **FEW, **SMALL), FROZEN_LATER),
     ("llama", Place(2, 1, 2, 1), MUON),
     ("gpt2", Place(1, 2, 2, 1), MUON),
     ("llama", Place(1, 1, 2, 3), ADAFACTOR),
