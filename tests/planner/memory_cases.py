@@ -350,8 +350,6 @@ MORE = (
     _Case("qwen3-tied pipeline 2 data 2 bf16", "qwen3-tied", pipeline=2, data=2, micro_batches=4, precision="bf16"),
     _short("qwen3-tied short pipeline 2 data 2", "qwen3-tied", pipeline=2, data=2, micro_batches=4),
     _short("gpt2 short pipeline 2 bf16", "gpt2", pipeline=2, data=2, micro_batches=4, precision="bf16"),
-    _Case("llama bf16 zero 0", zero=0, data=2, precision="bf16"),
-    _short("llama short bf16 zero 0", zero=0, data=2, precision="bf16"),
     _short("mixtral muon short", "mixtral", data=2, optimizer="muon"),
     _short("mixtral muon short expert 2 zero 3", "mixtral", zero=3, data=2, expert=2, optimizer="muon"),
     _short("mixtral adafactor short", "mixtral", data=2, optimizer="adafactor"),
@@ -364,5 +362,4 @@ MORE = (
     _short("llama averaged weights short bf16 zero 1", data=2, precision="bf16", settings=_EMA),
     _Case("llama frozen zero 3 divided full", zero=3, data=2, freeze=("model.layers.2.*", "model.layers.3.mlp.*"),
           settings=_FULL, section=_DIVIDED),
-    _Case("bert lora zero 2", "bert", zero=2, data=2, peft=_LORA),
 )  # fmt: skip

@@ -179,12 +179,14 @@ class DividedEngine(EngineMemory):
             if not chosen:
                 continue
             ranks = self.ranks_of(chosen)
-            flat = sum(self.part_of(one) for one in chosen) * ranks * self.item
-            flat = flat if len(chosen) > 1 or chosen[0].numel % ranks else 0
+            padded = sum(self.part_of(one) for one in chosen) * ranks * self.item
+            flat = padded if len(chosen) > 1 or chosen[0].numel % ranks else 0
             cast = 0
             if self._gradient_item != self.item:
                 cast = sum(self.part_of(one) for one in chosen) * self._gradient_item
-            received = (ranks - 1) * flat // ranks if self.device is self.host else 0  # `messages.begin_reduce_scatter`
+            received = (
+                (ranks - 1) * padded // ranks if self.device is self.host else 0
+            )  # `messages.begin_reduce_scatter`
             with self.device.holding(BUCKETS, flat + received):
                 pass
             with self.device.holding(BUCKETS, flat + cast):
