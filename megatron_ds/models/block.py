@@ -93,7 +93,7 @@ class Block(nn.Module):
             self.dropout if of_attention is None else HiddenDropout(of_attention, ctx.rng, ctx.tp.splits_sequence)
         )
         self.is_compiled = ctx.compiled
-        self._run = torch.compile(self._block, dynamic=False) if ctx.compiled else self._block
+        self._run = torch.compile(self._block, dynamic=False, backend=ctx.compiler) if ctx.compiled else self._block
 
     def _norms(self, ctx: BuildContext) -> tuple[Norm | None, Norm | None]:
         """Return the norm of the input of attention or MLP, and the norm of its output or of the residual sum."""

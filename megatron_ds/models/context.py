@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_ds.layers.documents import DocumentLimit
 from megatron_ds.layers.kernels import REFERENCE, Kernels
@@ -23,6 +25,7 @@ class BuildContext:
         rng: random streams for dropout; None = no dropout.
         recompute: which activations are recomputed in the backward pass.
         compiled: whether torch.compile fuses the operations of a block between its matrix products.
+        compiler: backend of torch.compile.
         kernels: implementations of norms, gated activations and attention.
         documents: the longest document of a step, where an engine sets it.
         mlp_tile_tokens: tokens of a tile of dense feed-forward layers; None = they are computed whole.
@@ -33,6 +36,7 @@ class BuildContext:
     rng: RngStreams | None = None
     recompute: Recompute = field(default_factory=Recompute)
     compiled: bool = False
+    compiler: str | Callable[..., Any] = "inductor"
     kernels: Kernels = REFERENCE
     documents: DocumentLimit = field(default_factory=DocumentLimit)
     experts: ExpertParallel | None = None

@@ -153,6 +153,7 @@ class PlanInput:
             offload_activations=config.offload_activations,
             keep_attention=config.keep_attention,
             mlp_tile_tokens=config.mlp_tile_tokens,
+            compile=config.compile,
             zero_stage=self.engine.summary.zero_stage,
             trains=config.trains,
             frozen=self.frozen,

@@ -191,6 +191,7 @@ class MemoryCase:
         return {"input_ids": ids, "targets": targets}
 
 
+_COMPILE = {"compile": True}
 _FULL, _SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 _OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 _WEIGHTS_TOO = {**_OFFLOAD, "offload_param": {"device": "cpu"}}
@@ -362,4 +363,12 @@ MORE = (
     _short("llama averaged weights short bf16 zero 1", data=2, precision="bf16", settings=_EMA),
     _Case("llama frozen zero 3 divided full", zero=3, data=2, freeze=("model.layers.2.*", "model.layers.3.mlp.*"),
           settings=_FULL, section=_DIVIDED),
+    _Case("llama compiled", settings=_COMPILE),
+    _Case("llama compiled bf16 data 2 zero 2", data=2, zero=2, precision="bf16", settings=_COMPILE),
+    _Case("llama compiled tensor 2 sequence", tensor=2, sequence=True, settings=_COMPILE),
+    _Case("llama compiled data 2 zero 3 full", data=2, zero=3, settings={**_COMPILE, **_FULL}),
+    _Case("gpt2 compiled bf16 zero 1", "gpt2", precision="bf16", settings=_COMPILE),
+    _Case("bert compiled bf16 tensor 2", "bert", tensor=2, precision="bf16", settings=_COMPILE),
+    _Case("t5 compiled pipeline 2 bf16", "t5", pipeline=2, micro_batches=4, precision="bf16", settings=_COMPILE),
+    _Case("mixtral compiled bf16", "mixtral", precision="bf16", settings=_COMPILE),
 )  # fmt: skip

@@ -36,6 +36,8 @@ class EngineSetting:
         pipelined: there are several pipeline stages.
         averages_weights: an average of the weights is kept.
         adds_in_products: products add gradients of matrices to fp32 sums; see `engine.gradient_sums`.
+        compiled_layers: indices of layers of which a compiler has the products, which add to no sums; experts are not
+            compiled.
         num_micro_batches: of a step.
         state_bytes: of each parameter group, what the optimizer keeps of an element.
         factor_bytes: name of a parameter -> what the optimizer keeps besides, on every rank with some of its elements.
@@ -49,6 +51,7 @@ class EngineSetting:
     pipelined: bool = False
     averages_weights: bool = False
     adds_in_products: bool = False
+    compiled_layers: frozenset[int] = frozenset()
     num_micro_batches: int = 1
     state_bytes: Sequence[float] = ()
     factor_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -198,8 +201,13 @@ class Bf16Engine(EngineMemory):
             self.device.add(GRADIENTS, padded * FP32)  # fp32_groups_gradients_flat
             for part, num_bytes in self.states(padded // ranks, index).items():
                 self.device.add(part, num_bytes)
-        self._kept = [one for one in self.trained if not (self.setting.adds_in_products and len(one.spec.shape) >= 2)]
+        self._kept = [one for one in self.trained if not self._is_added_in_products(one)]
         self.device.add(GRADIENTS, sum(one.numel for one in self._kept) * self.item)
+
+    def _is_added_in_products(self, one: HeldParameter) -> bool:
+        """Return whether autograd has no gradient of a parameter."""
+        is_compiled = one.layer in self.setting.compiled_layers and not one.spec.is_of_experts
+        return self.setting.adds_in_products and len(one.spec.shape) >= 2 and not is_compiled
 
     def gradient(self, parameter: HeldParameter) -> None:
         """Let autograd add it to the parameter's bf16 gradient."""

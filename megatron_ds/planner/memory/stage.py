@@ -134,11 +134,19 @@ def engine_setting(given: PlanInput, held: HeldStage) -> EngineSetting:
         pipelined=layout.pipeline > 1,
         averages_weights=given.config.ema is not None,
         adds_in_products=given.machines.device_type == "cuda" and zero.bf16_sums,
+        compiled_layers=_compiled_layers(given),
         num_micro_batches=given.num_micro_batches,
         state_bytes=state_bytes_of(given, held),
         factor_bytes=factor_bytes_of(given, held),
         update_bytes=update_bytes_of(given, held, zero),
     )
+
+
+def _compiled_layers(given: PlanInput) -> frozenset[int]:
+    """Return the layers whose products are in graphs of torch.compile."""
+    if not given.config.compile or given.layout.tensor > 1:
+        return frozenset()
+    return frozenset(index for index, spec in enumerate(given.layers(build_context(given))) if spec.is_block)
 
 
 def make_engine(

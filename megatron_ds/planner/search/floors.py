@@ -113,7 +113,7 @@ class LayoutFloors:
     def _alone(self) -> TraceSetting:
         """The setting of one rank and one row."""
         setting = replace(self._given.trace_setting(), tensor=1, sequence=False, context=ContextPlan(), expert=None)
-        setting = replace(setting, micro_batch_size=1, zero_stage=1, recompute="none")
+        setting = replace(setting, micro_batch_size=1, zero_stage=1, recompute="none", compile=False)
         return replace(setting, offload_activations=False, keep_attention=False)
 
     @cached_property
@@ -136,7 +136,7 @@ class LayoutFloors:
 
     def _body(self, candidate: Candidate, *, of_tensor: bool) -> _Body:
         """Return the passes of one rank in the largest micro-batch, or of a tensor rank in one with as many tokens."""
-        names = ("recompute", "keep_attention", "offload_activations")
+        names = ("recompute", "keep_attention", "offload_activations", "compile")
         tensor, sequence = (candidate.tensor, candidate.sequence) if of_tensor else (1, False)
         rows, expert = self._largest_rows, None
         if of_tensor:

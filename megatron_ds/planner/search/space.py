@@ -89,7 +89,7 @@ _MEMORY_SETTINGS: tuple[dict[str, Any], ...] = tuple(
 LAYOUT = frozenset({"tensor", "pipeline", "context", "expert", "sequence"})
 """The fields of a candidate that `parallel` in the run file has."""
 
-EVERYTHING = frozenset(one.name for one in fields(Candidate)) - {"compile"}
+EVERYTHING = frozenset(one.name for one in fields(Candidate))
 """The fields that a search varies unless it is restricted."""
 
 _OF_ACTIVATIONS = ("recompute", "keep_attention", "offload_activations")
@@ -135,8 +135,9 @@ class Space:
         for layout in self.layouts():
             data = self.world_size // layout.model_ranks
             for batch, fused in product(self._batches(data), compiled):
+                usual = [one for one in settings if not (fused and one["keep_attention"])]  # refused: operators are fused
                 for candidate in self._stages(replace(layout, micro_batch_size=batch, compile=fused), data):
-                    yield tuple(replace(candidate, **one) for one in settings)
+                    yield tuple(replace(candidate, **one) for one in usual)
 
     def layouts(self) -> Iterator[Candidate]:
         """Yield every layout, also those whose data ranks cannot divide the batch."""

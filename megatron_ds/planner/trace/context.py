@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from megatron_ds.layers.host_offload import HostOffload
 from megatron_ds.layers.kernels.select import select_kernels
 from megatron_ds.layers.moe.balance import RouterSettings
+from megatron_ds.layers.onednn import faster_here
 from megatron_ds.layers.recompute import BLOCKS, BLOCKS_WITHOUT_ATTENTION, Recompute
 from megatron_ds.models.context import BuildContext
 from megatron_ds.parallel.context import ContextParallel
@@ -19,6 +20,7 @@ from megatron_ds.parallel.grid import Axis
 from megatron_ds.parallel.neighbours import Neighbours
 from megatron_ds.parallel.random import RngStates, RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
+from megatron_ds.planner.trace.compiled_graphs import Backend, recording_backend
 from megatron_ds.planner.trace.groups import RecordingGroup, RecordingNeighbours, known_to_torch
 from megatron_ds.planner.trace.host_copies import RecordedCopies
 from megatron_ds.planner.trace.kernels import stand_ins
@@ -69,12 +71,15 @@ def recording_context(setting: TraceSetting, recorder: Recorder) -> Iterator[Bui
     whole = axis("context", plan.size, setting.context_rank)
     ulysses = Axis() if plan.ulysses == 1 else whole if plan.ring == 1 else axis("ulysses", plan.ulysses, at[1])
     ring = Axis() if plan.ring == 1 else whole if plan.ulysses == 1 else axis("ring", plan.ring, at[0])
+    eager_products = setting.device_type == "cpu" and setting.precision == "fp32" and faster_here()
     tp = TensorParallel(
-        tensor, setting.sequence, context=ContextParallel(whole, ulysses, ring, plan.method, plan.zigzag)
+        tensor, setting.sequence, eager_products, ContextParallel(whole, ulysses, ring, plan.method, plan.zigzag)
     )
     expert = tensor if setting.expert in (None, setting.tensor) else axis("expert", setting.expert or 1)
     kernels = stand_ins(setting.kernels, recorder, setting.documents)
-    with known_to_torch(axes):
+    compiling: AbstractContextManager[Backend | None]
+    compiling = recording_backend(recorder) if setting.compile else nullcontext()
+    with known_to_torch(axes), compiling as backend:
         yield BuildContext(
             tp=tp,
             rng=_NoStreams(),
@@ -83,6 +88,8 @@ def recording_context(setting: TraceSetting, recorder: Recorder) -> Iterator[Bui
             experts=ExpertParallel(expert, tp),
             routers=RouterSettings(setting.router_aux_loss, setting.router_z_loss),
             mlp_tile_tokens=setting.mlp_tile_tokens,
+            compiled=setting.compile,
+            compiler=backend or "inductor",
         )
 
 

@@ -20,6 +20,7 @@ from megatron_ds.layers.kernels.select import AUTO, TORCH, Choice, check_choice
 from megatron_ds.layers.scaled_dot_product import ScaledDotProduct
 from megatron_ds.parallel.collectives import all_reduce_
 from megatron_ds.planner.operations import Stream
+from megatron_ds.planner.trace.attention_operator import attend, attend_backward
 from megatron_ds.planner.trace.recorder import Recorder
 
 _PROGRAMS = 264
@@ -44,7 +45,7 @@ def stand_ins(wanted: Choice, recorder: Recorder, documents: int) -> Kernels:
         "geglu": lambda wide, approximate: _Gated.apply(wide, recorder),
         "rotary": partial(_rotary, recorder),
         "cross_entropy": partial(_cross_entropy, recorder),
-        "attention": KernelsByCall([Entry("fused", _is_fused, lambda *call: partial(_attend, recorder, documents))]),
+        "attention": KernelsByCall([Entry("fused", _is_fused, lambda *call: partial(_attend, documents))]),
     }
 
     def is_ours(name: str) -> bool:
@@ -179,11 +180,11 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> bool:
     return q.dtype in (torch.float16, torch.bfloat16) and call.dropout == 0.0
 
 
-def _attend(recorder: Recorder, documents: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+def _attend(documents: int, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Compute an `AttentionKernel`."""
     pairs = num_pairs(len(q), len(k), call.causal, call.window, documents if call.positions is not None else 1)
     parts = [part.permute(1, 2, 0, 3) for part in (q, k, v)]
-    return _Attend.apply(*parts, call.distance_bias, call.sinks, pairs, recorder).permute(2, 0, 1, 3)
+    return _Attend.apply(*parts, call.distance_bias, call.sinks, pairs).permute(2, 0, 1, 3)
 
 
 def num_pairs(queries: int, keys: int, causal: bool, window: int | None, documents: int) -> int:
@@ -204,32 +205,27 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, pairs: int, rec: Recorder
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, pairs: int
     ) -> Tensor:
-        with rec.seeing(pairs):
-            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=1.0)
+        out, lse = attend(q, k, v, pairs)
         ctx.save_for_backward(q, k, v, out, lse, bias, sinks)
-        ctx.pairs, ctx.recorder = pairs, rec
+        ctx.pairs = pairs
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, bias, sinks = ctx.saved_tensors
-        seed = lse.new_empty((), dtype=torch.int64)
-        with ctx.recorder.seeing(ctx.pairs):
-            found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                *(grads[0], q, k, v, out, lse, seed, seed, q.shape[2], k.shape[2], 0.0, False, seed, seed), scale=1.0
-            )
+        found = attend_backward(grads[0], q, k, v, out, lse, ctx.pairs)
         others = [None if one is None else torch.empty_like(one) for one in (bias, sinks)]
-        return *found, *others, None, None
+        return *found, *others, None
 
 
-def torch_attention(recorder: Recorder) -> ScaledDotProduct:
+def torch_attention() -> ScaledDotProduct:
     """Return torch's own attention as it is on a GPU: fused, with or without a mask."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, **options: Any) -> Tensor:
         pairs = num_pairs(q.shape[2], k.shape[2], options["is_causal"], None, 1)
         bias = mask if mask is not None and mask.requires_grad else None
-        return _Attend.apply(q, k, v, bias, None, pairs, recorder)
+        return _Attend.apply(q, k, v, bias, None, pairs)
 
     return attend

@@ -35,12 +35,12 @@ def trace_layers(specs_of: Callable[[BuildContext], list[LayerSpec]], setting: T
         setting: the rank's place, its micro-batch, and options.
     """
     recorder = Recorder()
-    with recording_context(setting, recorder) as ctx, _without_values(setting, recorder):
+    with recording_context(setting, recorder) as ctx, _without_values(setting):
         return _Tracer(setting, recorder, specs_of(ctx)).trace()
 
 
 @contextmanager
-def _without_values(setting: TraceSetting, recorder: Recorder) -> Iterator[None]:
+def _without_values(setting: TraceSetting) -> Iterator[None]:
     """Have tensors within the block have no values, and everything that depends on them be even."""
     with ExitStack() as stack:
         stack.enter_context(without_values())
@@ -49,7 +49,7 @@ def _without_values(setting: TraceSetting, recorder: Recorder) -> Iterator[None]
 
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         else:
-            stack.enter_context(replaced_by(torch_attention(recorder)))
+            stack.enter_context(replaced_by(torch_attention()))
         yield
 
 
@@ -104,6 +104,8 @@ class _Tracer:
         for name, parameter in layer.named_parameters():
             full = spec.tied.get(name, f"{spec.name}.{name}")
             parameter.requires_grad_(self.setting.trains and full not in self.setting.frozen)
+            if self.setting.compile and self.setting.zero_stage == 3:
+                parameter.ds_id = 0  # as DeepSpeed names it: products of divided weights are in no graph
             if self.setting.adds_gradients_in_products and parameter.requires_grad and parameter.dim() >= 2:
                 keep_gradient_sum(parameter, torch.empty_like(parameter, dtype=torch.float32))
         return layer.train(self.setting.trains)

@@ -8,27 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from megatron_ds.planner.operations import Attention, Operation, Product, Stream
+from megatron_ds.planner.trace.attention_operator import BACKWARD, FORWARD
 from megatron_ds.planner.trace.storages import tensors_in
 
 Arguments = Sequence[Any]
 
 
-def operations_of(
-    func: Any, args: Arguments, kwargs: dict[str, Any], result: Any, pairs: int | None = None
-) -> Iterable[Operation]:
-    """Return the operations of a call of an operator.
-
-    Args:
-        func, args, kwargs, result: as in `__torch_dispatch__`.
-        pairs: of a head of a row that an attention kernel computes; None = as its arguments say.
-    """
+def operations_of(func: Any, args: Arguments, kwargs: dict[str, Any], result: Any) -> Iterable[Operation]:
+    """Return the operations of a call of an operator; the arguments are those of `__torch_dispatch__`."""
     if func.namespace in ("prim", "c10d"):
         return ()
     name = func._schema.name.removeprefix("aten::")
     if name in _PRODUCTS:
         return _PRODUCTS[name](args, result)
     if name in _ATTENTION:
-        return [_ATTENTION[name](args, kwargs, pairs)]
+        return [_ATTENTION[name](args, kwargs)]
     if name in _WITHOUT_WORK or func.is_view:
         return ()
     num_bytes = _ROWS[name](args, kwargs, result) if name in _ROWS else _read_and_written(func, args, kwargs, result)
@@ -83,38 +77,35 @@ _PRODUCTS: dict[str, Callable[[Arguments, Any], Iterable[Operation]]] = {
 }
 
 
-def _attention(q: Tensor, k: Tensor, causal: bool, backward: bool, pairs: int | None) -> Attention:
+def _attention(q: Tensor, k: Tensor, pairs: int, backward: bool) -> Attention:
     """Return the call of a kernel on queries (B, N, S, D) and keys (B, K, C, D)."""
     rows, heads, queries, dim = q.shape
     keys = k.shape[2]
-    if pairs is None:
-        pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
     return Attention(rows, heads, k.shape[1], dim, queries, keys, pairs, backward, _dtype(q))
 
 
-def _forward(causal_at: int) -> Callable[[Arguments, dict[str, Any], int | None], Attention]:
-    def found(args: Arguments, kwargs: dict[str, Any], pairs: int | None) -> Attention:
+def _of_torch(q_at: int, causal_at: int) -> Callable[[Arguments, dict[str, Any]], Attention]:
+    """Return the reader of calls of torch's kernels, whose arguments say which pairs they compute."""
+
+    def found(args: Arguments, kwargs: dict[str, Any]) -> Attention:
+        q, k = args[q_at], args[q_at + 1]
         causal = args[causal_at] if len(args) > causal_at else kwargs.get("is_causal", False)
-        return _attention(args[0], args[1], bool(causal), False, pairs)
+        queries, keys = q.shape[2], k.shape[2]
+        pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
+        return _attention(q, k, pairs, backward=q_at == 1)
 
     return found
 
 
-def _backward(causal_at: int) -> Callable[[Arguments, dict[str, Any], int | None], Attention]:
-    def found(args: Arguments, kwargs: dict[str, Any], pairs: int | None) -> Attention:
-        causal = args[causal_at] if len(args) > causal_at else kwargs.get("is_causal", False)
-        return _attention(args[1], args[2], bool(causal), True, pairs)
-
-    return found
-
-
-_ATTENTION: dict[str, Callable[[Arguments, dict[str, Any], int | None], Attention]] = {
-    "_scaled_dot_product_flash_attention_for_cpu": _forward(4),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": _backward(7),
-    "_scaled_dot_product_flash_attention": _forward(4),
-    "_scaled_dot_product_flash_attention_backward": _backward(11),
-    "_scaled_dot_product_efficient_attention": _forward(6),
-    "_scaled_dot_product_efficient_attention_backward": _backward(11),
+_ATTENTION: dict[str, Callable[[Arguments, dict[str, Any]], Attention]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _of_torch(0, 4),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _of_torch(1, 7),
+    "_scaled_dot_product_flash_attention": _of_torch(0, 4),
+    "_scaled_dot_product_flash_attention_backward": _of_torch(1, 11),
+    "_scaled_dot_product_efficient_attention": _of_torch(0, 6),
+    "_scaled_dot_product_efficient_attention_backward": _of_torch(1, 11),
+    FORWARD: lambda args, kwargs: _attention(args[0], args[1], args[-1], backward=False),
+    BACKWARD: lambda args, kwargs: _attention(args[1], args[2], args[-1], backward=True),
 }
 
 _WITHOUT_WORK = frozenset(

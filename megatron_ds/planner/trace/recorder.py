@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,6 @@ class Recorder(LiveStorages):
         self.changes: list[tuple[int, int]] = []
         self._num_computed = 0
         self._under_way: list[Callable[[], None]] = []
-        self._pairs: int | None = None
 
     def begin_pass(self) -> None:
         """Begin with empty lists."""
@@ -59,15 +57,6 @@ class Recorder(LiveStorages):
         self._under_way.append(settle)
         return settle
 
-    @contextmanager
-    def seeing(self, pairs: int) -> Iterator[None]:
-        """Have an attention kernel within the block compute so many pairs of a head of a row."""
-        before, self._pairs = self._pairs, pairs
-        try:
-            yield
-        finally:
-            self._pairs = before
-
     def peak_without(self, left_out: Collection[int | None], begin: int = 0, end: int | None = None) -> tuple[int, int]:
         """Return the peak and the end of the sum of `changes[begin:end]`, without those of some storages."""
         live = peak = 0
@@ -79,7 +68,7 @@ class Recorder(LiveStorages):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        for operation in operations_of(func, args, kwargs or {}, result, self._pairs):
+        for operation in operations_of(func, args, kwargs or {}, result):
             self.record(operation)
         return result
 

@@ -34,6 +34,7 @@ class TraceSetting:
         offload_activations: inputs of recomputed blocks are kept in host memory.
         keep_attention: outputs of the attention kernels of recomputed blocks are kept.
         mlp_tile_tokens: see `BuildContext`.
+        compile: blocks are fused by torch.compile.
         router_aux_loss, router_z_loss: see `RouterSettings`.
         zero_stage: of DeepSpeed, on which depends where gradients are added up, and whether passes of modules are
             recorded.
@@ -62,6 +63,7 @@ class TraceSetting:
     offload_activations: bool = False
     keep_attention: bool = False
     mlp_tile_tokens: int | None = None
+    compile: bool = False
     router_aux_loss: float | None = None
     router_z_loss: float = 0.0
     zero_stage: int = 1

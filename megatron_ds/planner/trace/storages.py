@@ -35,6 +35,11 @@ class LiveStorages(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # number of a storage -> bytes that count
         self._num_storages = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True: torch.compile works within the block, and its graphs run there."""
+        return True
+
     def reset_peak(self) -> None:
         """Begin the search for the peak again, from the memory that is alive now."""
         self.peak_bytes = self.live_bytes
@@ -45,6 +50,12 @@ class LiveStorages(TorchDispatchMode):
         self._resize(self._serials[storage._cdata], 0)
         self._leave_out(storage.nbytes())
         weakref.finalize(storage, self._leave_out, -storage.nbytes())
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor that was made where a mode sees nothing, such as in compiled code."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._serials:
+            self._begin(storage, storage._cdata)
 
     def serial_of(self, tensor: Tensor) -> int | None:
         """Return the number of a tensor's storage, in the order in which they were made; None = it does not count."""
