@@ -39,11 +39,13 @@ class _Hooks:
         module.register_forward_pre_hook(self._before)
         module.register_forward_hook(self._after)
 
+    @torch.compiler.disable  # as DeepSpeed's: a compiled block has a graph for each part between two of them
     def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         self._add(Event.BEFORE, False)
         self._inputs = 0
         return _each(partial(_Notify.apply, self._passed_back), inputs, self._count)
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         self._add(Event.AFTER, False)
 

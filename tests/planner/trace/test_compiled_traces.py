@@ -37,7 +37,12 @@ def streamed(work: Work) -> int:
 
 def scheduled_bytes(model: str) -> list[int]:
     """Bytes that Inductor's fused kernels of a block read and write, forward and backward, as its scheduler counts."""
-    from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx, fake_tensor_prop
+    from torch._inductor.compile_fx import (
+        _recursive_post_grad_passes,
+        compile_fx,
+        fake_tensor_prop,
+        record_original_output_strides,
+    )
     from torch._inductor.graph import GraphLowering
     from torch._inductor.scheduler import ExternKernelSchedulerNode
     from torch._inductor.virtualized import V
@@ -46,6 +51,7 @@ def scheduled_bytes(model: str) -> list[int]:
 
     def count(module: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         with V.set_fake_mode(fake_tensor_prop(module, inputs)):
+            record_original_output_strides(module)
             _recursive_post_grad_passes(module, is_inference=False)
             graph = GraphLowering(module, example_inputs=inputs)
             with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
