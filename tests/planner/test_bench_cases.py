@@ -13,12 +13,8 @@ PROFILES = {1: find_device("cpu"), 2: find_device("cpu")}
 def test_cases_follow_from_one_of_them() -> None:
     """Other lengths, models and layouts than those of the first cases, `one` and `tp2`."""
     found = scaled(compared(PROFILES, measured(), ["one", "tp2", "bert", "zero1", "pp2"]))
-    assert len(found) == 9
+    assert len(found) == 8
     assert max(abs(one.error) for one in found) <= 0.15, found
-    plain, fused = (next(one for one in found if one.label == label) for label in ("ours", "ours, compiled"))
-    measured_ratio = fused.measured_s / plain.measured_s
-    assert 0.95 < measured_ratio < 1.0  # products, which a compiler leaves as they are, are most of the step
-    assert fused.predicted_s / plain.predicted_s == pytest.approx(measured_ratio, abs=0.04)
 
 
 @pytest.mark.sweep

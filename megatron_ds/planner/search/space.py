@@ -89,7 +89,7 @@ _MEMORY_SETTINGS: tuple[dict[str, Any], ...] = tuple(
 LAYOUT = frozenset({"tensor", "pipeline", "context", "expert", "sequence"})
 """The fields of a candidate that `parallel` in the run file has."""
 
-EVERYTHING = frozenset(one.name for one in fields(Candidate))
+EVERYTHING = frozenset(one.name for one in fields(Candidate)) - {"compile"}
 """The fields that a search varies unless it is restricted."""
 
 _OF_ACTIVATIONS = ("recompute", "keep_attention", "offload_activations")

@@ -12,7 +12,7 @@ from megatron_ds.config import RunConfig, build_run, load_run
 from megatron_ds.errors import ConfigError, TopologyError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.planner.search.branch_and_bound import GB, Estimate, Limits, search_layouts
-from megatron_ds.planner.search.space import LAYOUT, Candidate, Space, candidate_of, with_candidate
+from megatron_ds.planner.search.space import EVERYTHING, LAYOUT, Candidate, Space, candidate_of, with_candidate
 from megatron_ds.runtime.loaded_model import read_model_section
 from megatron_ds.runtime.setup import plan_run
 from tests.planner.simple_estimators import SimpleEstimators
@@ -121,7 +121,7 @@ def test_what_does_not_vary_stays() -> None:
     assert {(one.layout, one.recompute) for one in batches} == {(candidate_of(run).layout, "full")}
     (own,) = Space(run, hf.core.shape(), 4, 4, varies=frozenset())
     assert own == candidate_of(run)
-    everything = set(Space(run, hf.core.shape(), 4, 4))
+    everything = set(Space(run, hf.core.shape(), 4, 4, varies=EVERYTHING | {"compile"}))
     assert {one.compile for one in everything} == {False, True}
     assert {one.keep_attention for one in everything} == {False, True}
     assert not any(one.keep_attention for one in everything if one.compile)  # train refuses it

@@ -43,6 +43,7 @@ def scheduled_bytes(model: str) -> list[int]:
         fake_tensor_prop,
         record_original_output_strides,
     )
+    from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.scheduler import ExternKernelSchedulerNode
     from torch._inductor.virtualized import V
@@ -54,7 +55,7 @@ def scheduled_bytes(model: str) -> list[int]:
             record_original_output_strides(module)
             _recursive_post_grad_passes(module, is_inference=False)
             graph = GraphLowering(module, example_inputs=inputs)
-            with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
+            with DebugContext(), V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
                 graph.run(*inputs)
                 graph._update_scheduler()
                 fused = (one for one in graph.scheduler.nodes if not isinstance(one, ExternKernelSchedulerNode))
