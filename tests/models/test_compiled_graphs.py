@@ -3,7 +3,6 @@
 Nothing is fused across two graphs. No code is generated here: the graphs run as they are.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from tests.parity.cases import Recipe
 from tests.parity.reference import ALL_CONFIGS, train_reference
 from tests.ranks import rank_device, run_alone, run_grid, run_ranks
 
-COMPILE = torch.compile
-
 
 class Graphs:
     """A backend that counts its graphs."""
@@ -44,8 +41,8 @@ def _block(
     grid: Grid, case: str, compiled: bool, divided_by_zero_3: bool, eager_products: bool = False
 ) -> tuple[int, list[Tensor]]:
     graphs = Graphs()
-    torch.compile = partial(COMPILE, backend=graphs)  # the process ends with the test
-    ctx = BuildContext(TensorParallel(grid.tensor, eager_products=eager_products), compiled=compiled)
+    tp = TensorParallel(grid.tensor, eager_products=eager_products)
+    ctx = BuildContext(tp, compiled=compiled, compiler=graphs)
     layers = read_model(ALL_CONFIGS[case]).core.build_layers(ctx)
     block = next(spec for spec in layers if spec.is_block).build()
     assert isinstance(block, Block)

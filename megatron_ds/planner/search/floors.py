@@ -113,7 +113,7 @@ class LayoutFloors:
     def _alone(self) -> TraceSetting:
         """The setting of one rank and one row."""
         setting = replace(self._given.trace_setting(), tensor=1, sequence=False, context=ContextPlan(), expert=None)
-        setting = replace(setting, micro_batch_size=1, zero_stage=1, recompute="none", compile=False)
+        setting = replace(setting, micro_batch_size=1, zero_stage=1, recompute="none")
         return replace(setting, offload_activations=False, keep_attention=False)
 
     @cached_property
@@ -135,12 +135,9 @@ class LayoutFloors:
         return self._given.core.shape().num_experts
 
     def _body(self, candidate: Candidate, *, of_tensor: bool) -> _Body:
-        """Return the passes of one rank in the largest micro-batch, or of a tensor rank in one with as many tokens.
-
-        Compiled blocks save at most what they save on one rank and a single row, where starts of kernels weigh most.
-        """
+        """Return the passes of one rank in the largest micro-batch, or of a tensor rank in one with as many tokens."""
+        names = ("recompute", "keep_attention", "offload_activations")
         tensor, sequence = (candidate.tensor, candidate.sequence) if of_tensor else (1, False)
-<<<<<<< HEAD
         rows, expert = self._largest_rows, None
         if of_tensor:
             folded = candidate.expert not in (None, tensor)
@@ -148,25 +145,6 @@ class LayoutFloors:
             gathered = candidate.micro_batch_size * (candidate.expert or 1 if folded else 1)
             rows = min(self._largest_rows, max(1, gathered // candidate.context))
         key = (tensor, sequence, expert, rows, *(getattr(candidate, name) for name in names))
-=======
-        rows = max(1, candidate.micro_batch_size // candidate.context) if of_tensor else LARGEST_MICRO_BATCH
-        plain = self._body_of(replace(candidate, compile=False), tensor, sequence, rows)
-        if not candidate.compile:
-            return plain
-        alone, fused = (self._body_of(replace(candidate, compile=one), 1, False, 1) for one in (False, True))
-        saved_s = max(0.0, alone.blocks_s - fused.blocks_s)
-        saved_bytes = max(0.0, alone.kept_bytes - fused.kept_bytes)
-        return replace(
-            plain,
-            blocks_s=max(0.0, plain.blocks_s - saved_s),
-            kept_bytes=max(0.0, plain.kept_bytes - saved_bytes),
-        )
-
-    def _body_of(self, candidate: Candidate, tensor: int, sequence: bool, rows: int) -> _Body:
-        """Return the passes of one of some tensor ranks, by their trace."""
-        names = ("recompute", "keep_attention", "offload_activations", "compile")
-        key = (tensor, sequence, rows, *(getattr(candidate, name) for name in names))
->>>>>>> 4425469 (planner: bounds of compiled layouts, and bytes of fused kernels against those that Inductor schedules)
         if key not in self._bodies:
             kept = {name: getattr(candidate, name) for name in names}
             setting = replace(

@@ -135,7 +135,7 @@ class Space:
         for layout in self.layouts():
             data = self.world_size // layout.model_ranks
             for batch, fused in product(self._batches(data), compiled):
-                usual = [one for one in settings if not (fused and one["keep_attention"])]  # refused: operators are fused
+                usual = [one for one in settings if not (fused and one["keep_attention"])]  # refused
                 for candidate in self._stages(replace(layout, micro_batch_size=batch, compile=fused), data):
                     yield tuple(replace(candidate, **one) for one in usual)
 
