@@ -100,7 +100,7 @@ class _RecordedGraph:
             del tensors[node]
         for step in self._steps:
             step.run(tensors, self._recorder)
-        return list(map_arg(self._output.args[0], partial(_value, tensors)))  # type: ignore[arg-type]
+        return list(map_arg(self._output.args[0], partial(_value, tensors)))
 
 
 class _Step:

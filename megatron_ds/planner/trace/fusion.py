@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,8 +229,10 @@ def _elements(node: Node) -> Elements:
 
 
 def _reduced_dims(node: Node, num_dims: int) -> list[int]:
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    listed = list(range(num_dims)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if dims is None or dims == []:
+        return list(range(num_dims))
+    listed = [dims] if isinstance(dims, int) else dims
     return [one % max(num_dims, 1) for one in listed]
 
 

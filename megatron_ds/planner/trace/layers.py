@@ -105,7 +105,7 @@ class _Tracer:
             full = spec.tied.get(name, f"{spec.name}.{name}")
             parameter.requires_grad_(self.setting.trains and full not in self.setting.frozen)
             if self.setting.compile and self.setting.zero_stage == 3:
-                parameter.ds_id = 0  # as DeepSpeed names it: products of divided weights are in no graph
+                parameter.ds_id = 0  # type: ignore[attr-defined]  # as DeepSpeed names it: products of divided weights are in no graph
             if self.setting.adds_gradients_in_products and parameter.requires_grad and parameter.dim() >= 2:
                 keep_gradient_sum(parameter, torch.empty_like(parameter, dtype=torch.float32))
         return layer.train(self.setting.trains)
