@@ -367,7 +367,6 @@ MORE = (
     _Case("llama compiled bf16 data 2 zero 2", data=2, zero=2, precision="bf16", settings=_COMPILE),
     _Case("llama compiled tensor 2 sequence", tensor=2, sequence=True, settings=_COMPILE),
     _Case("llama compiled data 2 zero 3 full", data=2, zero=3, settings={**_COMPILE, **_FULL}),
-    _Case("llama compiled selective bf16", precision="bf16", micro_batch=4, settings={**_COMPILE, **_SELECTIVE}),
     _Case("gpt2 compiled bf16 zero 1", "gpt2", precision="bf16", settings=_COMPILE),
     _Case("bert compiled bf16 tensor 2", "bert", tensor=2, precision="bf16", settings=_COMPILE),
     _Case("t5 compiled pipeline 2 bf16", "t5", pipeline=2, micro_batches=4, precision="bf16", settings=_COMPILE),
