@@ -39,7 +39,7 @@ def search_and_print(searched: SearchInput, limit_bytes: int, write: Path | None
     from megatron_ds.planner.search.find_layouts import find_layouts
     from megatron_ds.planner.search.layout_files import write_layouts
 
-    result = find_layouts(searched, Limits(limit_bytes), num_found=num_found)
+    result = find_layouts(searched, Limits(limit_bytes), num_found=num_found, compiles=True)
     tokens, world = searched.given.tokens_per_step, searched.machines.world_size
     Console().print(_table(result, tokens, world))
     counts = result.counts

@@ -12,13 +12,13 @@ from pathlib import Path
 from bench.gpu.record import DEVICE, OUT, TINY, guarded, record, wait_for_turn
 
 SAMPLE = (
-    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[llama-tp1pp1dp1z1sp0-none]",
-    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[llama-tp2pp1dp1z1sp1-none]",
-    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[gpt2-tp1pp2dp1z1sp0-none]",
-    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[llama-tp2pp1dp2z2sp1-none]",
-    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[qwen2-tp2pp1dp2z3sp0-none]",
-    "tests/parity/test_encoders.py::test_five_steps_equal_transformers[roberta-masked-tp2pp1dp1z1sp1-none]",
-    "tests/parity/test_encoders.py::test_five_steps_equal_transformers[t5-gated-tp1pp2dp1z1sp0-none]",
+    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[qwen2-tied-tp1pp1dp1z1sp0-none]",
+    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[qwen2-tp2pp1dp1z1sp1-none]",
+    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[llama-tp1pp2dp1z1sp0-none]",
+    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[qwen3-tp2pp1dp2z2sp1-none]",
+    "tests/parity/test_layouts.py::test_five_steps_equal_transformers[llama-tp1pp1dp2z3sp0-none]",
+    "tests/parity/test_encoders.py::test_five_steps_equal_transformers[roberta-masked-tp2pp1dp2z2sp0-full]",
+    "tests/parity/test_encoders.py::test_five_steps_equal_transformers[t5-gated-tp2pp2dp1z1sp1-none]",
     "tests/parity/test_packing.py::test_five_steps_equal_transformers",
     "tests/checkpoint/test_layouts.py::test_another_layout_goes_on_where_one_stopped[tp2-sp-alone]",
     "tests/engine/test_engine.py",

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from megatron_ds.config import RunConfig
+from megatron_ds.errors import MegatronDSError
 from megatron_ds.hf.config import HFModel
 from megatron_ds.parallel.grid import Layout
 from megatron_ds.planner.held_parameters import HeldStage, hold_stage
@@ -16,7 +17,14 @@ from megatron_ds.planner.memory.stage import plan_memory
 from megatron_ds.planner.operations import LayerTrace
 from megatron_ds.planner.plan_input import Machines, PlanInput
 from megatron_ds.planner.profiles import Device, Network
-from megatron_ds.planner.search.branch_and_bound import Estimate, Estimator, Limits, SearchResult, search_layouts
+from megatron_ds.planner.search.branch_and_bound import (
+    Estimate,
+    Estimator,
+    FoundLayout,
+    Limits,
+    SearchResult,
+    search_layouts,
+)
 from megatron_ds.planner.search.floors import CERTAIN_S, LayoutFloors, both_passes
 from megatron_ds.planner.search.model_traces import ModelTraces
 from megatron_ds.planner.search.space import EVERYTHING, Candidate, Space, with_candidate
@@ -24,6 +32,9 @@ from megatron_ds.planner.timing.engine_work import machine_of, step_of
 from megatron_ds.planner.timing.pass_time import Machine
 from megatron_ds.planner.timing.step_time import time_step
 from megatron_ds.runtime.setup import EnginePlan, plan_run
+
+LEAST_GAIN = 0.01
+"""Share of a step's time that `train.compile` saves at least where a search chooses it: each start compiles anew."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,12 @@ class SearchInput:
         """The machines."""
         return self.given.machines
 
+    def without_compilation(self) -> SearchInput:
+        """Return the same for the run without `train.compile`."""
+        run = self.run.model_copy(update={"train": self.run.train.model_copy(update={"compile": False})})
+        engine = plan_run(run, self.hf, self.machines.world_size, self.machines.device_type)
+        return replace(self, run=run, given=self.given.with_engine(engine))
+
 
 def find_layouts(
     searched: SearchInput,
@@ -56,6 +73,7 @@ def find_layouts(
     num_found: int = 5,
     *,
     offload: bool = True,
+    compiles: bool = False,
 ) -> SearchResult:
     """Return the fastest layouts that fit.
 
@@ -65,15 +83,26 @@ def find_layouts(
         varies: fields of `Candidate` that may differ from the run's.
         num_found: number of layouts; those that differ in settings alone count once.
         offload: whether optimizer state and weights may be moved to the host if nothing fits otherwise.
+        compiles: whether `train.compile` is chosen too: it is tried on the layouts that are the fastest without it,
+            because a trace of compiled blocks takes seconds.
 
     Raises:
         ConfigError: no layout fits.
         TopologyError: no layout is legal.
     """
+    if compiles:
+        searched = searched.without_compilation()
     machines, shape = searched.machines, searched.hf.core.shape()
     space = Space(searched.run, shape, machines.world_size, machines.ranks_per_node, varies, offload)
     estimators = PlannedEstimators(searched, space, limits)
-    return search_layouts(space, searched.hf, machines.device_type, estimators.ordered, limits, num_found)
+    result = search_layouts(space, searched.hf, machines.device_type, estimators.ordered, limits, num_found)
+    return _compiled_where_faster(result, estimators, limits) if compiles else result
+
+
+def _compiled_where_faster(result: SearchResult, estimators: PlannedEstimators, limits: Limits) -> SearchResult:
+    """Return found layouts with `train.compile` where that fits and gains time that is worth the compilation."""
+    found = [estimators.compiled(one, limits) or one for one in result.found]
+    return replace(result, found=tuple(sorted(found, key=lambda one: one.estimate.step_s)))
 
 
 class PlannedEstimators:
@@ -166,6 +195,17 @@ class PlannedEstimators:
                 kinds.append(kind)
         return found
 
+    def compiled(self, layout: FoundLayout, limits: Limits) -> FoundLayout | None:
+        """Return a layout with `train.compile`; None = `train` refuses it, it does not fit, or it gains too little."""
+        candidate = replace(layout.candidate, compile=True)
+        try:
+            estimate = self.exact(candidate)
+        except MegatronDSError:
+            return None
+        if not limits.hold(estimate) or estimate.step_s > (1 - LEAST_GAIN) * layout.estimate.step_s:
+            return None
+        return FoundLayout(candidate, estimate, with_candidate(layout.run, candidate))
+
     def _machine(self, given: PlanInput) -> Machine:
         """Return one device among the others; it depends on the layout alone."""
         key = (given.layout, given.expert_ranks, given.engine.context.ulysses)
@@ -187,9 +227,13 @@ class PlannedEstimators:
         return self._known[candidate]
 
     def _traces_of(self, given: PlanInput) -> list[LayerTrace]:
-        """Return the traces of the layers; stage 2 takes those of stage 3, which say more."""
+        """Return the traces of the layers; stage 2 takes those of stage 3, which say more.
+
+        Compiled ones differ: a graph does not have products of weights that stage 3 divides.
+        """
         setting = given.trace_setting()
-        return self._traces.of(replace(setting, zero_stage=3) if setting.zero_stage == 2 else setting)
+        alike = setting.zero_stage == 2 and not setting.compile
+        return self._traces.of(replace(setting, zero_stage=3) if alike else setting)
 
     def _engine(self, candidate: Candidate) -> EnginePlan:
         searched, machines = self._searched, self._searched.machines
