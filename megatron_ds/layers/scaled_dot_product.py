@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ScaledDotProduct = Callable[..., Tensor]
 """A function with the arguments of `torch.nn.functional.scaled_dot_product_attention`."""
 
-_STAND_IN: ContextVar[ScaledDotProduct | None] = ContextVar("stand_in", default=None)
+_stand_in: ScaledDotProduct | None = None  # of the process; torch.compile sees through a module's variable
 
 
 def scaled_dot_product(
@@ -28,16 +26,16 @@ def scaled_dot_product(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attend as torch's function does: (B, N, S, D), (B, K, C, D) twice -> (B, N, S, D)."""
-    stand_in = None if torch.compiler.is_compiling() else _STAND_IN.get()
-    attend = stand_in or F.scaled_dot_product_attention
+    attend = _stand_in or F.scaled_dot_product_attention
     return attend(q, k, v, mask, dropout, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 @contextmanager
 def replaced_by(stand_in: ScaledDotProduct) -> Iterator[None]:
-    """Have another function attend within the block."""
-    token = _STAND_IN.set(stand_in)
+    """Have another function attend within the block, on all threads of the process."""
+    global _stand_in
+    before, _stand_in = _stand_in, stand_in
     try:
         yield
     finally:
-        _STAND_IN.reset(token)
+        _stand_in = before

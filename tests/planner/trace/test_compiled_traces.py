@@ -82,7 +82,7 @@ def scheduled_bytes(model: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.sweep)])
 def test_streams_are_the_bytes_of_fused_kernels(model: str) -> None:
     block, expected = run_alone(trace, model, SETTING), run_alone(scheduled_bytes, model)
     found = [streamed(block.forward), streamed(block.backward)]
