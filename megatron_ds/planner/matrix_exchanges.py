@@ -31,7 +31,7 @@ def stage_ranks(given: PlanInput) -> int:
 def matrix_exchange(
     given: PlanInput, held: HeldStage, zero: ZeroSettings, parameters: Sequence[HeldParameter]
 ) -> MatrixExchange | None:
-    """Return the exchange of the matrices that are updated together, as the first rank sees it.
+    """Return the exchange of the matrices that one step updates, as the first rank sees it.
 
     Args:
         given, held, zero: the run, the stage, and DeepSpeed's settings.

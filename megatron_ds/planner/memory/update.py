@@ -20,7 +20,7 @@ from megatron_ds.planner.zero_settings import ZeroSettings
 FP32, FP64 = 4, 8  # bytes
 
 UpdateBytes = Callable[[Sequence[HeldParameter], Sequence[int]], int]
-"""(parameters that are updated together, elements of the tensors that they are in) -> bytes that this needs."""
+"""(parameters of one update, elements of the tensors that they are in) -> bytes that this needs."""
 
 
 def update_bytes_of(given: PlanInput, held: HeldStage, zero: ZeroSettings) -> UpdateBytes:

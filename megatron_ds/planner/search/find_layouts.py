@@ -34,7 +34,7 @@ from megatron_ds.planner.timing.step_time import time_step
 from megatron_ds.runtime.setup import EnginePlan, plan_run
 
 LEAST_GAIN = 0.01
-"""Share of a step's time that `train.compile` saves at least where a search chooses it: each start compiles anew."""
+"""Share of a step's time that `train.compile` saves at least where a search chooses it: each start compiles again."""
 
 
 @dataclass(frozen=True)
