@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,12 @@ from megatron_ds.parallel.neighbours import Neighbours
 from megatron_ds.parallel.random import RngStates, RngStreams
 from megatron_ds.parallel.tensor import TensorParallel
 from megatron_ds.planner.trace.compiled_graphs import Backend, recording_backend
-from megatron_ds.planner.trace.groups import RecordingGroup, RecordingNeighbours, known_to_torch
+from megatron_ds.planner.trace.groups import (
+    RecordingGroup,
+    RecordingNeighbours,
+    known_to_torch,
+    summing_outside_of_graphs,
+)
 from megatron_ds.planner.trace.host_copies import RecordedCopies
 from megatron_ds.planner.trace.kernels import stand_ins
 from megatron_ds.planner.trace.recorder import Recorder
@@ -60,7 +66,10 @@ def recording_context(setting: TraceSetting, recorder: Recorder) -> Iterator[Bui
     def axis(name: str, size: int, rank: int = 0) -> Axis:
         if size == 1:
             return Axis()
-        axes.append(Axis(size, rank, tuple(range(size)), RecordingGroup(name, rank, size, recorder)))
+        group = RecordingGroup(name, rank, size, recorder)
+        axes.append(Axis(size, rank, tuple(range(size)), group))
+        if setting.compile:
+            axes[-1] = replace(axes[-1], sum_here=summing_outside_of_graphs(group))
         return axes[-1]
 
     tensor = axis("tensor", setting.tensor, setting.tensor_rank)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
@@ -105,6 +106,20 @@ class RecordingNeighbours:
             return False
         self._recorder.record(Collective("all_reduce", NEIGHBOURS, x.nbytes, self.size))
         return True
+
+
+def summing_outside_of_graphs(group: RecordingGroup) -> Callable[[Tensor], bool]:
+    """Return an `Axis.sum_here` for compiled blocks, whose graphs end at sums: a recording group cannot be in one."""
+
+    @torch.compiler.disable
+    def record(x: Tensor) -> bool:
+        group.allreduce([x]).wait()
+        return True
+
+    def sum_here(x: Tensor) -> bool:
+        return torch.compiler.is_compiling() and record(x)
+
+    return sum_here
 
 
 NEIGHBOURS = "neighbours"

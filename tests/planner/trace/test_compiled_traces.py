@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from megatron_ds.config import ContextPlan
 from megatron_ds.models.block import Block
 from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import HIDDEN
@@ -130,3 +131,21 @@ def leaves_nothing() -> float:
 def test_nothing_of_the_process_is_changed() -> None:
     """And the second trace, when torch is imported, takes a few seconds at most; the bound is loose."""
     assert run_alone(leaves_nothing) < 6.0
+
+
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [
+        ("llama", {"tensor": 2, "sequence": True}),
+        pytest.param("llama", {"tensor": 2}, marks=pytest.mark.sweep),
+        pytest.param("mixtral", {"tensor": 2, "expert": 4, "sequence": True}, marks=pytest.mark.sweep),
+        pytest.param("llama", {"context": ContextPlan(ulysses=2)}, marks=pytest.mark.sweep),
+    ],
+)
+def test_compiled_blocks_on_gpus_send_what_others_do(model: str, place: dict[str, Any]) -> None:
+    """Sums of gradients of norms are in the middle of what a graph would be."""
+    setting = replace(SETTING, device_type="cuda", compile=False, **place)
+    plain, compiled = (run_alone(trace, model, replace(setting, compile=compile)) for compile in (False, True))
+    for before, after in ((plain.forward, compiled.forward), (plain.backward, compiled.backward)):
+        assert before.sent_bytes == after.sent_bytes and before.flops == after.flops
+    assert plain.backward.sent_bytes
