@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +12,15 @@ from torch import Tensor
 ScaledDotProduct = Callable[..., Tensor]
 """A function with the arguments of `torch.nn.functional.scaled_dot_product_attention`."""
 
-_stand_in: ScaledDotProduct | None = None  # of the process; torch.compile sees through a module's variable
+
+@dataclass
+class _StandIn:
+    """The function that attends instead of torch's, for all threads; torch.compile sees through its attribute."""
+
+    attend: ScaledDotProduct | None = None
+
+
+_STAND_IN = _StandIn()
 
 
 def scaled_dot_product(
@@ -26,16 +35,15 @@ def scaled_dot_product(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attend as torch's function does: (B, N, S, D), (B, K, C, D) twice -> (B, N, S, D)."""
-    attend = _stand_in or F.scaled_dot_product_attention
+    attend = _STAND_IN.attend or F.scaled_dot_product_attention
     return attend(q, k, v, mask, dropout, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 @contextmanager
 def replaced_by(stand_in: ScaledDotProduct) -> Iterator[None]:
     """Have another function attend within the block, on all threads of the process."""
-    global _stand_in
-    before, _stand_in = _stand_in, stand_in
+    before, _STAND_IN.attend = _STAND_IN.attend, stand_in
     try:
         yield
     finally:
-        _stand_in = before
+        _STAND_IN.attend = before
