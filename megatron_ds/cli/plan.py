@@ -22,7 +22,7 @@ from megatron_ds.cli.plan_failures import (
     parse_saving,
     parse_stragglers,
 )
-from megatron_ds.cli.plan_search import Search, Write, search_and_print, search_facts
+from megatron_ds.cli.plan_search import Search, Write, check_search, search_and_print, search_facts
 from megatron_ds.errors import ConfigError, show
 from megatron_ds.paths import expanded
 
@@ -104,18 +104,12 @@ def plan(
         return _calibrate(calibrate, gpus_per_node)
     if run is None:
         raise ConfigError("RUN.yaml is missing; try megatron-ds plan run.yaml --nodes 2")
-    if write is not None and not search:
-        raise ConfigError(f"--write={write} writes the layouts that a search finds; try --search")
+    check_search(search, write, stragglers)
     check_json_file(json)
     total = parse_tokens(tokens) if tokens is not None else None
     faults = faults_of(nodes, mtbf_hours, restart_seconds, spare_nodes)
     saving = parse_saving(save_seconds) if save_seconds is not None else None
     slow = parse_stragglers(stragglers) if stragglers is not None else None
-    if search and stragglers is not None:
-        raise ConfigError(
-            f"--stragglers={show(stragglers)} is for one layout, and --search compares them with the usual slowness; "
-            "try it on the run files of --write"
-        )
     planner = _planner(_load(run, overrides or []), device, nodes, gpus_per_node, network, gpu_memory, slow)
     if search:
         found = search_and_print(planner.searched(), planner.limit_bytes, write)

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ds.errors import ConfigError, show
 from megatron_ds.paths import expanded
 
 if TYPE_CHECKING:
@@ -21,6 +22,21 @@ Write = Annotated[
     Path | None, typer.Option("--write", metavar="DIR", parser=expanded, help="Write a run file for each of them.")
 ]
 COLUMNS = ("", "layout", "data", "s/step", "tokens/s", "GB", "host GB")
+
+
+def check_search(search: bool, write: Path | None, stragglers: str | None) -> None:
+    """Refuse options that do not go with a search, or with none.
+
+    Raises:
+        ConfigError: there is such an option.
+    """
+    if write is not None and not search:
+        raise ConfigError(f"--write={write} writes the layouts that a search finds; try --search")
+    if search and stragglers is not None:
+        raise ConfigError(
+            f"--stragglers={show(stragglers)} is for one layout, and --search compares them with the usual slowness; "
+            "try it on the run files of --write"
+        )
 
 
 def search_and_print(searched: SearchInput, limit_bytes: int, write: Path | None, num_found: int = 5) -> SearchResult:

@@ -22,7 +22,7 @@ from megatron_ds.planner.timing.roofline import seconds
 CONTENTION = 0.5
 """Share of the time of hidden communication by which it slows down what the device computes at the same time."""
 
-HOST_COPIES = "host"
+HOST_COPIES = "host copies"
 """Name under which copies between a device and its host stand among the axes of communication."""
 
 
