@@ -117,13 +117,7 @@ def verify_hf(
         note(f"megatron_ds on {ranks_of}: outputs, loss and gradients")
         ranks = run_local(lambda info: run_rank(info, weights, inputs, parallel, results), world_size)
         reports = [merge(probe, loss, found) for probe, loss, found in zip(inputs, losses, zip(*ranks))]
-        exceeding = {i: (inputs[i], losses[i]) for i, one in enumerate(reports) if one.exceeds}
-        if exceeding:
-            note(f"transformers {NUM_SAMPLES} times more, as a difference exceeds its bound: how far rounding takes it")
-            (rounding,) = run_local(
-                lambda info: measure_rounding(directory, weights.model, exceeding, results, weights.state_dict()), 1
-            )
-            reports = [one.with_rounding(rounding[i]) if i in rounding else one for i, one in enumerate(reports)]
+        reports = _with_rounding(reports, list(zip(inputs, losses)), directory, weights, results, note)
         note("round trip: every tensor through the tables and back")
         (round_trip,) = run_local(lambda info: check_round_trip(weights, directory, results / "rewritten"), 1)
     return Report(
@@ -140,6 +134,25 @@ def verify_hf(
         round_trip=round_trip,
         not_reached=not_reached,
     )
+
+
+def _with_rounding(
+    reports: Sequence[InputReport],
+    references: Sequence[tuple[Probe, ReferenceLoss]],
+    directory: Path,
+    weights: HFWeights,
+    results: Path,
+    note: Note,
+) -> list[InputReport]:
+    """Return the reports; those with a difference above its bound have what rounding alone does."""
+    exceeding = {i: references[i] for i, one in enumerate(reports) if one.exceeds}
+    if not exceeding:
+        return list(reports)
+    note(f"transformers {NUM_SAMPLES} times more, as a difference exceeds its bound: how far rounding takes it")
+    (rounding,) = run_local(
+        lambda info: measure_rounding(directory, weights.model, exceeding, results, weights.state_dict()), 1
+    )
+    return [one.with_rounding(rounding[i]) if i in rounding else one for i, one in enumerate(reports)]
 
 
 def _context_section(size: int, method: ContextMethod) -> ContextSection:
