@@ -17,6 +17,7 @@ EXPERTS_DOWN = "down of 128 experts of Qwen3-30B-A3B, forward and both gradients
 HEAD = "head and loss of an 8 B Llama, 8,192 tokens, vocabulary 128,256"
 SMALL_HEAD = "head and loss of the 1.2 B Llama, 8,192 tokens, vocabulary 128,256"
 SAVING = "saving a Llama of 0.5 B parameters, ZeRO-1"
+PLANNED = "planned and measured: memory by torch's allocator, and time of a step"
 LOSSES = "losses over 20 steps against fp32 on the CPU"
 
 # The contestants.

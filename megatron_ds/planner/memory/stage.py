@@ -35,6 +35,8 @@ COMMUNICATION_BYTES = 300 * 2**20
 """NCCL's buffers and kernels of one axis of several ranks. With the context they take 1 to 3 GB."""
 FRAGMENTATION = 0.03
 """Share of the tensors' memory that torch's allocator has and cannot give, with segments that grow."""
+ALLOWANCES = ("context", "communication", "fragmentation")
+"""The parts that are no tensors."""
 
 
 @dataclass(frozen=True)
