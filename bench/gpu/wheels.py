@@ -77,7 +77,12 @@ def install_missing(folder: Path = WHEELS) -> Path | None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         command += ["--no-cache-dir", "--disable-pip-version-check", "--upgrade", "--target", str(unfinished)]
         subprocess.run([*command, *map(str, files)], check=True)
-        unfinished.rename(target)
+        try:
+            unfinished.rename(target)
+        except OSError:  # another command has installed them meanwhile
+            if not target.is_dir():
+                raise
+            shutil.rmtree(unfinished)
     return target
 
 

@@ -418,7 +418,8 @@ class Attention(nn.Module):
         has_bias = shape.alibi is not None or row.distances is not None
         by_scores = shape.softcap is not None or self.sinks is not None
         plain = mask is None and not has_bias and not by_scores
-        k, v = (self._for_each_head(part, kernel_repeats=plain) for part in (k, v))
+        kernel_repeats = plain and (q.dtype != torch.float32 or q.device.type == "cpu")
+        k, v = (self._for_each_head(part, kernel_repeats) for part in (k, v))
         dropout = shape.dropout if self.training else 0.0
         with self.rng.sharded() if dropout > 0.0 and self.rng is not None else nullcontext():
             if by_scores:
@@ -496,7 +497,8 @@ class Attention(nn.Module):
         """Repeat key or value heads for each query head: (B, K/c, S, D) -> (B, N/t, S, D).
 
         They are unchanged if the kernel repeats heads itself: flash attention and cuDNN do for plain causal attention.
-        With a mask torch may choose another kernel, which does not.
+        With a mask, or in fp32 on a GPU, torch may choose another kernel, which does not; torch would compute all
+        scores instead, (B, N/t, S, S).
         """
         if self.kv_of_head == tuple(range(part.shape[1])):
             return part

@@ -24,7 +24,26 @@ TILE_ELEMENTS = 2**19
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """Return left @ right, (..., K) and (K, N) -> (..., N)."""
-    return onednn.multiply(left, right) if onednn.computes(left, right) else left @ right
+    if onednn.computes(left, right):
+        return onednn.multiply(left, right)
+    return left @ right if _is_one_product(left) else _unfolded(left.flatten(0, -2) @ right, left)
+
+
+def _is_one_product(left: Tensor) -> bool:
+    """Return whether torch multiplies all rows of `left`, (..., K), at once; it folds them if that needs no copy.
+
+    Else it multiplies the rows of each index of the first dim by themselves. On an H200 the products of 4,096 pairs of
+    rows took 30 times as long as one of 8,192 rows. Compiled code has the choice of its compiler.
+    """
+    inner = zip(left.shape[:-2], left.stride()[:-2], left.shape[1:-1], left.stride()[1:-1])
+    return torch.compiler.is_compiling() or all(
+        stride == below * below_stride for size, stride, below, below_stride in inner if size > 1 and below > 1
+    )
+
+
+def _unfolded(product: Tensor, left: Tensor) -> Tensor:
+    """Return a product (tokens, N) in the shape of its rows in `left`; not a view, where a reduction may not work."""
+    return torch.ops.aten._unsafe_view.default(product, [*left.shape[:-1], product.shape[-1]])
 
 
 def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -69,7 +88,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, total: Tensor 
         x, weight, bias: the operands. The weight is saved as it is given, because ZeRO-3 swaps the data of a leaf.
         total: fp32, of the weight's shape; the backward pass adds the weight's gradient to it. None = autograd gets it.
     """
-    if total is None and not onednn.computes(x, weight.t()):
+    if total is None and _is_one_product(x) and not onednn.computes(x, weight.t()):
         return F.linear(x, weight, bias)
     detached = x.detach(), weight.detach(), bias.detach() if bias is not None else None
     if not torch.is_grad_enabled():
@@ -88,7 +107,9 @@ def linear_without_values(x: Tensor, weight: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + b without a graph."""
     if not onednn.computes(x, weight.t()):
-        return F.linear(x, weight, bias)
+        if _is_one_product(x):
+            return F.linear(x, weight, bias)
+        return _unfolded(F.linear(x.flatten(0, -2), weight, bias), x)
     product = onednn.multiply(x, weight.t())
     return product if bias is None else product.add_(bias)
 

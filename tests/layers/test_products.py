@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_ds.layers.products import add_product_, multiply_into
+from megatron_ds.layers.products import add_product_, linear, multiply_into
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = (torch.bfloat16, torch.float16)
@@ -62,3 +62,38 @@ def test_elsewhere_than_on_a_cpu_one_product_does_it() -> None:
     assert (first, second) == ("aten.mm.dtype_out", "aten.addmm.dtype_out")
     assert first_args[2:] == (torch.float32,) and first_out["out"] is total
     assert second_args[0] is total and second_args[3:] == (torch.float32,) and second_out["out"] is total
+
+
+@pytest.mark.parametrize("summed", [False, True], ids=["own gradient", "summed gradient"])
+@pytest.mark.parametrize("layout", ["rows in order", "batch first", "parts of a row"])
+def test_all_rows_are_one_product(layout: str, summed: bool) -> None:
+    """Torch alone would multiply the rows of each position by themselves where a view cannot fold them."""
+    x, weight, grad = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 3, 8), (4, 8), (5, 3, 4)))
+    expected = torch.autograd.grad(x.requires_grad_() @ weight.requires_grad_().t(), (x, weight), grad)
+    x, weight = x.detach(), weight.detach().requires_grad_()
+    if layout == "batch first":
+        x, grad = (one.transpose(0, 1).contiguous().transpose(0, 1) for one in (x, grad))
+    if layout == "parts of a row":
+        x = torch.cat([x, x], dim=-1)[..., :8]
+    total = torch.zeros(4, 8) if summed else None
+    if summed:
+        x, grad, weight = x.float(), grad.float(), weight.detach().float().requires_grad_()
+    with Called() as called:
+        y = linear(x.requires_grad_(), weight, total=total)
+        y.backward(grad)
+    torch.testing.assert_close(y, x @ weight.t())
+    found = (x.grad, weight.grad if total is None else total)
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
+    assert called.names.count("aten.mm") + called.names.count("aten.addmm_") == 3 and "aten.bmm" not in called.names
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))

@@ -19,8 +19,11 @@ dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank
 x = torch.ones(4, device="cuda")
 dist.all_reduce(x)
 torch.cuda.synchronize()
-print("sum", x[0].item())
+print("sum", x[0].item(), flush=True)
+dist.destroy_process_group()
 """
+ANSWERS = ("sum ", "torch.distributed.DistBackendError", "ncclInvalidUsage", "Duplicate GPU")
+"""How the lines begin that tell what came of it: the last of them counts."""
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def _two() -> None:
 
 
 def _ask(ranks: int) -> str:
-    """Return the last line of rank 0."""
+    """Return what rank 0 says: its sum, or its error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,7 +63,8 @@ def _ask(ranks: int) -> str:
     for process in started:
         try:
             lines = process.communicate(timeout=LIMIT_S)[0].strip().splitlines()
-            answers.append(lines[-1][-200:] if lines else "nothing")
+            telling = [line for line in lines if line.startswith(ANSWERS)] or lines or ["nothing"]
+            answers.append(telling[-1][:200])
         except subprocess.TimeoutExpired:
             process.kill()
             answers.append(f"no end in {LIMIT_S:.0f} s")

@@ -6,10 +6,14 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from megatron_ds.layers.recompute import is_replaying
 from megatron_ds.planner.operations import Attention, Collective, HostCopy, Message, Operation, Product, Work
 from megatron_ds.planner.trace.operators import operations_of
 from megatron_ds.planner.trace.storages import LiveStorages
+
+_ADD_PRODUCT = torch.ops.aten.addmm.dtype_out
 
 
 class Recorder(LiveStorages):
@@ -71,6 +75,12 @@ class Recorder(LiveStorages):
         for operation in operations_of(func, args, kwargs or {}, result):
             self.record(operation)
         return result
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result; torch 2.11 cannot add a product to a sum of another dtype on tensors without values."""
+        if func is _ADD_PRODUCT and kwargs["out"].is_meta:
+            return kwargs["out"]
+        return super()._call(func, args, kwargs)
 
     def _change(self, serial: int, num_bytes: int) -> None:
         super()._change(serial, num_bytes)

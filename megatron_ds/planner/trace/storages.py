@@ -66,7 +66,7 @@ class LiveStorages(TorchDispatchMode):
         return self._sizes.get(self._serials.get(tensor.untyped_storage()._cdata, -1), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._call(func, args, kwargs or {})
         given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))} if _may_alias(func) else ()
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
@@ -78,6 +78,10 @@ class LiveStorages(TorchDispatchMode):
             elif address not in given and self._device_type in (None, tensor.device.type):
                 self._begin(storage, address)
         return result
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result of an operation."""
+        return func(*args, **kwargs)
 
     def _begin(self, storage: torch.UntypedStorage, address: int) -> None:
         self._num_storages += 1
