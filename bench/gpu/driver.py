@@ -228,6 +228,6 @@ MARKS = {True: "ok", False: "WRONG", None: ""}
 
 def summary(row: Mapping[str, Any]) -> str:
     """Return a result as a line for the terminal."""
-    hidden = ("section", "name", "ok", "at_s", "kernels")
+    hidden = ("section", "name", "ok", "at_s", "kernels", "losses", "parts", "when")
     figures = [f"{name}={value}" for name, value in row.items() if name not in hidden and value is not None]
     return f"{MARKS[row['ok']]:5} {str(row['name'])[:36]:36} {'  '.join(figures)}"[:WIDTH]

@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 TITLES = {"right": "Right: `make gpu-check`", "fast": "Fast: `make gpu-bench`"}
 SMALL = "The shapes are small, to test the command itself: whether a target is met means nothing."
-PLAIN = ("section", "name", "ok", "at_s")  # not columns of a table
+PLAIN = ("section", "name", "ok", "at_s", "losses", "parts", "when")  # not columns of a table
 SHOWN_APART = ("environment", "run", "profile")
 MARKS = {True: "ok", False: "**wrong**", None: ""}
 HEADINGS = {

@@ -23,9 +23,10 @@ from bench.gpu.report import read_rows
 from megatron_ds.hf.config import HFModel
 
 CEILING = Figure("matrix products", "ceiling", "tflops")
-FIRST_LOSS, LAST_LOSS = 1e-2, 5e-2
-"""Largest relative differences of the losses of contestants: rounding of bf16 at first; then weights in bf16 without
-fp32 masters lose small updates."""
+FIRST_LOSS, LATER_LOSS = 1e-2, 5e-2
+"""Largest differences of the losses of contestants, relative to the first loss: rounding of bf16 at first; later,
+weights in bf16 without fp32 masters lose small updates. In ten steps a batch is learned by heart, down to a thousandth.
+"""
 
 
 def recorded(figure: Figure) -> float | None:
@@ -107,6 +108,7 @@ def measure_steps(
         peak_gb=peak_gb(),
         first_loss=round(losses[0], 4),
         last_loss=round(losses[-1], 4),
+        losses=[round(loss, 4) for loss in losses],
         steps=len(losses),
         **({} if agree else {"error": f"its losses are not those of {first}"}),
         **found,
@@ -119,10 +121,9 @@ def _agreement(section: str, losses: list[float]) -> tuple[bool, str]:
     first = next((row for row in rows if row["section"] == section and "first_loss" in row), None)
     if first is None:
         return all(map(math.isfinite, losses)), "a finite loss"
-    pairs = ((losses[0], first["first_loss"], FIRST_LOSS), (losses[-1], first["last_loss"], LAST_LOSS))
-    same_steps = len(losses) == first["steps"]
-    near = [abs(loss - expected) <= bound * abs(expected) for loss, expected, bound in pairs]
-    return near[0] and (near[1] or not same_steps), first["name"]
+    scale, known = abs(first["first_loss"]), first["losses"]
+    off = [abs(loss - expected) / scale for loss, expected in zip(losses, known)]
+    return off[0] <= FIRST_LOSS and max(off) <= LATER_LOSS, first["name"]
 
 
 def measure_runs(

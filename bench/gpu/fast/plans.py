@@ -143,7 +143,7 @@ def tensors_bytes(memory: StageMemory) -> int:
 
 
 def _measure(case: Case) -> tuple[float, int, int, int]:
-    """Return the milliseconds of a step, the peaks of its allocated and reserved bytes, and the bytes in use after it."""
+    """Return the milliseconds of a step, its peaks of allocated and reserved bytes, and the bytes in use after it."""
     with session() as here:
         engine = here.build_engine(drawn_model(case.work.model, here.device), **case.engine)
         step = steps_on(engine, columns(case.work), case.work.lr)

@@ -1,7 +1,12 @@
-"""Every candidate of every operation against PyTorch's formula, on its examples and on shapes of real models."""
+"""Every candidate of every operation against PyTorch's formula, on its examples and on shapes of real models.
+
+`python -m bench.gpu.right.kernels` checks those that are made at once, `... compiled` those that are compiled for each
+kind of call.
+"""
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -77,18 +82,39 @@ LARGER: dict[str, tuple[Example, ...]] = {
 
 
 def main() -> None:
-    """Check all candidates; an operation with a wrong one is computed by its first right one in the other parts.
+    """Check the candidates that are made at once; an operation with a wrong one is computed by its first right one.
 
-    Attention comes last, as most of its kernels are compiled for each kind of call. A part that is cut off leaves the
-    choice that it has made until then.
+    The other parts read this choice.
     """
     choice: dict[str, str] = {}
-    for operation in sorted(KERNELS.values(), key=lambda one: one.variant is not None):
-        checked = {name: _check(operation, name, operation[name]) for name in operation.names}
+    for operation in KERNELS.values():
+        at_once = [name for name in operation.names if not operation[name].deferred]
+        checked = {name: _check(operation, name, operation[name]) for name in at_once}
         right = [name for name, result in checked.items() if result]
         choice[operation.name] = "auto" if False not in checked.values() else right[0] if right else "torch"
         write_choice(choice)
     record("kernels", "chosen for the other parts", None, **choice)
+
+
+def compiled() -> None:
+    """Check the candidates that are compiled for each kind of call; a row for each, as that takes seconds."""
+    for operation in KERNELS.values():
+        for name in operation.names:
+            candidate = operation[name]
+            if not candidate.deferred:
+                continue
+            if DEVICE not in candidate.devices:
+                record("kernels", f"{operation.name}, {name}", None, skipped=f"not for {DEVICE}")
+                continue
+            examples = [*LARGER.get(operation.name, ()), *operation.examples]
+            for number, example in enumerate(supported_examples(operation, candidate, torch_device(), examples), 1):
+                title = f"{operation.name}, {name}, call {number}"
+                guarded("kernels", title, partial(_compare_one, operation, candidate, title, example))
+
+
+def _compare_one(operation: Operation, candidate: Candidate, title: str, example: Example) -> None:
+    error = largest_error(operation, candidate.make(), torch_device(), [example])
+    record("kernels", title, error <= TOLERANCE, version=candidate.label, bound=TOLERANCE, error=error)
 
 
 def _check(operation: Operation, name: str, candidate: Candidate) -> bool | None:
@@ -115,4 +141,4 @@ def _compare(operation: Operation, candidate: Candidate, title: str) -> bool:
 
 if __name__ == "__main__":
     wait_for_turn()
-    main()
+    compiled() if sys.argv[1:] == ["compiled"] else main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,8 +23,8 @@ torch.cuda.synchronize()
 print("sum", x[0].item(), flush=True)
 dist.destroy_process_group()
 """
-ANSWERS = ("sum ", "torch.distributed.DistBackendError", "ncclInvalidUsage", "Duplicate GPU")
-"""How the lines begin that tell what came of it: the last of them counts."""
+ANSWER = re.compile(r"^sum |ncclInvalidUsage|Duplicate GPU|Error: ")
+"""What a line has that tells what came of it; the last such line counts."""
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def _ask(ranks: int) -> str:
     for process in started:
         try:
             lines = process.communicate(timeout=LIMIT_S)[0].strip().splitlines()
-            telling = [line for line in lines if line.startswith(ANSWERS)] or lines or ["nothing"]
+            telling = [line for line in lines if ANSWER.search(line)] or lines or ["nothing"]
             answers.append(telling[-1][:200])
         except subprocess.TimeoutExpired:
             process.kill()

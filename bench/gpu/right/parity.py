@@ -3,8 +3,8 @@
 fp32: outputs and loss within 1e-5, gradients within 1e-4, as `tests/parity` demands of the CPU. bf16: the loss, with
 PyTorch's code and with the chosen kernels. Batches are plain, padded, and, for decoders, packed.
 
-The first case of every family comes first, then the second ones, and so on until the time is over: a kernel of attention
-is compiled for each kind of call, which takes seconds.
+The first case of every family comes first, then the second ones, and so on until the time is over: kernels of attention
+are compiled for each kind of call, which takes seconds.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _batches(core: ModelConfig) -> Iterator[tuple[str, Batch]]:
 def _errors(core: ModelConfig, template: SequentialModel, batch: Batch) -> Iterator[tuple[str, float]]:
     device = torch_device()
     expected = _run(template, batch, CPU)
-    found = _run(copy.deepcopy(template).to(device), batch, device)
+    found = _run(_moved(copy.deepcopy(template), device), batch, device)
     seen = slice(None) if batch.compared is None else batch.compared
     yield (
         "outputs",
@@ -131,7 +131,16 @@ def _errors(core: ModelConfig, template: SequentialModel, batch: Batch) -> Itera
     for name, context in contexts.items():
         model = SequentialModel(core.build_layers(context)).eval()
         model.load_state_dict(template.state_dict())
-        yield name, abs(_run(model.to(device, torch.bfloat16), batch, device).loss / expected.loss - 1)
+        model = _moved(model.to(torch.bfloat16), device)
+        yield name, abs(_run(model, batch, device).loss / expected.loss - 1)
+
+
+def _moved(model: SequentialModel, device: torch.device) -> SequentialModel:
+    """Move a model with its weights that are no parameters."""
+    for part in model.modules():
+        for name, weight in part.untrained().items() if hasattr(part, "untrained") else ():
+            setattr(part, name, weight.to(device))
+    return model.to(device)
 
 
 @cache

@@ -13,8 +13,9 @@ def _beside(name: str, limit_s: float, module: str = "", *arguments: str) -> Par
 
 
 PARTS: tuple[Part, ...] = (
-    Part("kernels", "bench.gpu.right.kernels", (), 140.0, BEGINNING),
+    Part("kernels", "bench.gpu.right.kernels", (), 60.0, BEGINNING),
     Part("reference", "bench.gpu.right.reference", (), 100.0, BEGINNING, CPU_ONLY),
+    _beside("compiled-kernels", 240.0, "kernels", "compiled"),
     _beside("parity", 200.0),
     _beside("fp32", 200.0, "matrix", "fp32"),
     _beside("bf16", 200.0, "matrix", "bf16"),
