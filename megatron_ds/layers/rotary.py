@@ -192,6 +192,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool = False) -> Tenso
 
     The result has the dtype of x. Saves nothing of x for backward, and allocates one tensor forward and one backward.
     """
+    if torch.compiler.is_compiling():
+        return _rotated_by_parts(x, cos, sin, adjacent)
     return _Rotate.apply(x, cos, sin, adjacent)
 
 
@@ -217,3 +219,16 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
     out[..., firsts].addcmul_(x[..., seconds], sines, value=-1)
     out[..., seconds].addcmul_(x[..., firsts], sines)
     return out.to(x.dtype)
+
+
+def _rotated_by_parts(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
+    """Rotate by operations that a compiler fuses and differentiates; it decides what is saved.
+
+    torch.compile of torch 2.11 loses the gradient of `_Rotate`, whose result it has twice in its graph.
+    """
+    dim = cos.shape[-1]
+    firsts, seconds = (slice(0, dim, 2), slice(1, dim, 2)) if adjacent else (slice(0, dim // 2), slice(dim // 2, dim))
+    first, second, cosines, sines = x[..., firsts], x[..., seconds], cos[..., firsts], sin[..., firsts]
+    parts = first * cosines - second * sines, second * cosines + first * sines
+    turned = torch.stack(parts, dim=-1).flatten(-2) if adjacent else torch.cat(parts, dim=-1)
+    return torch.cat([turned.to(x.dtype), x[..., dim:]], dim=-1) if dim < x.shape[-1] else turned.to(x.dtype)
