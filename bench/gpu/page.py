@@ -22,7 +22,17 @@ HEADINGS = {
     "mfu": "MFU",
     "of_peak": "of the data sheet's peak",
     "memory_gb_s": "memory GB/s",
+    "of_burst": "of a burst's",
     "of_bandwidth": "of its bandwidth",
+    "planned_gb": "planned GB",
+    "measured_gb": "measured GB",
+    "memory_error": "error of memory",
+    "planned_ms": "planned ms",
+    "measured_ms": "measured ms",
+    "time_error": "error of time",
+    "reserved_gb": "reserved GB",
+    "device_gb": "GB in use on the device",
+    "planned_device_gb": "planned of these",
     "launch_us": "launch in µs",
     "all_reduce_gb_s": "all-reduce GB/s",
     "peak_gb": "peak GB",
@@ -31,7 +41,7 @@ HEADINGS = {
     "gb": "GB",
     "host_gb": "host GB",
 }
-PERCENT = ("of_products", "mfu", "busy", "of_peak", "of_bandwidth")
+PERCENT = ("of_products", "mfu", "busy", "of_peak", "of_burst", "of_bandwidth", "memory_error", "time_error")
 
 
 def render(halves: Mapping[str, Sequence[Row]], chart: str | None) -> str:

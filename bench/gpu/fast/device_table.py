@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import time
 
-import torch
-
-from bench.gpu.record import DEVICE, OUT, guarded, pick, record, synchronize, wait_for_turn
+from bench.gpu.record import DEVICE, OUT, guarded, pick, record, wait_for_turn
 from megatron_ds.engine import preload
 from megatron_ds.planner.calibration.calibrate import Sizes, calibrate, usual_sizes, write_profile
-from megatron_ds.planner.calibration.measure_operations import STREAMS, prepare
+from megatron_ds.planner.calibration.measure_operations import STREAMS
 from megatron_ds.planner.operations import Attention, Product, Stream
 from megatron_ds.planner.profiles import Device, Link, find_by_gpu, measured_file_name
 from megatron_ds.planner.profiles.device import MeasuredProduct
 
 SECTION = "profile of this device, for `megatron-ds plan --device`"
 BUDGET_S = 25.0  # of the operations; rounds after the first one are left out if they would take longer
-LONG_S = pick(3.0, 0.05)
-LONG = f"its fastest product, after {LONG_S:g} s"
-"""Name of the row that shows the clock of long runs, which the limit of power decides."""
+LONG = "its fastest product, at the clock of long runs"
 SMALL = Sizes(
     products=[Product(m, 64, 64, dtype=dtype) for m in (16, 64) for dtype in ("float32", "bfloat16")],
     attention=[Attention(1, 2, 2, 16, 32, 32, 32 * 33 // 2, backward, "float32") for backward in (False, True)],
     streams=[Stream(4096, name=name) for name in STREAMS],
     buffers=[1024, 65536],
+    steady_s=0.1,
 )
 
 
@@ -38,16 +35,17 @@ def main() -> None:
     path = OUT / measured_file_name(device)
     write_profile(device, path)
     num_operations = sum(map(len, (device.measured_products, device.measured_attention, device.measured_streams)))
+    tflops = _product(_fastest(device)).flops / _fastest(device).us / 1e6
     record(
         SECTION,
         path.name,
         None,
         **_figures(device),
-        **_of_products(_product(_fastest(device)).flops / _fastest(device).us / 1e6, device),
+        **_of_products(tflops, device),
         operations=num_operations,
         s=round(time.monotonic() - began_s, 1),
     )
-    guarded(SECTION, LONG, lambda: record(SECTION, LONG, None, **_of_products(_long_tflops(device), device)))
+    record(SECTION, LONG, None, **_of_products(tflops * device.steady, device), of_burst=device.steady)
 
 
 def _figures(device: Device) -> dict[str, float]:
@@ -77,24 +75,6 @@ def _product(row: MeasuredProduct) -> Product:
 def _fastest(device: Device) -> MeasuredProduct:
     rows = [one for one in device.measured_products if one.dtype == "bfloat16"]
     return max(rows, key=lambda one: _product(one).flops / one.us)
-
-
-def _long_tflops(device: Device) -> float:
-    """Return the rate of the fastest product in the second half of some seconds without a pause."""
-    product = _product(_fastest(device))
-    acts = prepare(product, torch.device(DEVICE))
-    rates, began_s = [0.0], time.perf_counter()
-    while time.perf_counter() - began_s < LONG_S:
-        synchronize()
-        start_s, calls = time.perf_counter(), 0
-        while calls == 0 or time.perf_counter() - start_s < LONG_S / 20:
-            for act in acts:
-                act()
-            calls += len(acts)
-            synchronize()
-        rates.append(product.flops * calls / (time.perf_counter() - start_s) / 1e12)
-    half = rates[len(rates) // 2 :]
-    return sum(half) / len(half)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,14 @@ class Sizes:
         attention: of one rank.
         streams: of one rank.
         buffers: bytes of collectives and messages.
+        steady_s: seconds of products without a pause, on a GPU.
     """
 
     products: Sequence[Product]
     attention: Sequence[Attention]
     streams: Sequence[Stream]
     buffers: Sequence[int]
+    steady_s: float = 3.0
 
 
 def usual_sizes(device: str) -> Sizes:
@@ -124,7 +126,9 @@ def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None, b
     found = run_local(measure, ranks, TIMEOUT_S)
     times_s = [statistics.median(column) for column in zip(*(one.times_s for one in found))]
     operations = _operations(sizes)
-    return build_device(name, found[0].facts, list(zip(operations, times_s)), found[0].communication, found[0].skew)
+    steady = statistics.median(one.steady for one in found)
+    timed = list(zip(operations, times_s))
+    return build_device(name, found[0].facts, timed, found[0].communication, found[0].skew, steady)
 
 
 def write_profile(device: Device, path: Path) -> None:
@@ -142,6 +146,7 @@ class _Found:
     times_s: list[float]
     communication: list[MeasuredTime]
     skew: float
+    steady: float
 
 
 def _measure(info: RankInfo, sizes: Sizes, threads: int, budget_s: float) -> _Found:
@@ -157,7 +162,11 @@ def _measure(info: RankInfo, sizes: Sizes, threads: int, budget_s: float) -> _Fo
         compute = measure_operations.prepare(max(sizes.products, key=_by_size_in_fp32), device)[0]
         skew = measure_collectives.measure_skew(world, device, compute)
     times_s = measure_operations.measure(_operations(sizes), device, budget_s=budget_s)
-    return _Found(_facts(device, info.world_size, threads), times_s, communication, skew)
+    steady = 1.0
+    if device.type == "cuda":
+        largest = max((one for one in sizes.products if one.dtype == "bfloat16"), key=lambda one: one.flops)
+        steady = measure_operations.steady_speed(largest, device, sizes.steady_s)
+    return _Found(_facts(device, info.world_size, threads), times_s, communication, skew, steady)
 
 
 def _by_size_in_fp32(product: Product) -> tuple[bool, int]:

@@ -68,6 +68,27 @@ def measure(
     return [statistics.quantiles(one, n=4)[0] if len(one) > 1 else one[0] for one in times_s]
 
 
+def steady_speed(product: Product, device: torch.device, duration_s: float) -> float:
+    """Return the speed of a product after seconds without a pause, relative to that of a burst.
+
+    Args:
+        product: a large one, which the device's limit of power slows down.
+        device: that computes.
+        duration_s: seconds, of which the second half counts.
+    """
+    acts = prepare(product, device)
+    for act in acts:
+        act()
+    burst_s = _time(
+        acts, max(1, int(SHORTEST_S / _time(acts, 1, device, time.perf_counter))), device, time.perf_counter
+    )
+    times_s, began_s = [], time.perf_counter()
+    while not times_s or time.perf_counter() - began_s < duration_s:
+        times_s.append(_time(acts, max(1, int(duration_s / 20 / burst_s / len(acts))), device, time.perf_counter))
+    half = times_s[len(times_s) // 2 :]
+    return burst_s * len(half) / sum(half)
+
+
 def _time(acts: Sequence[Act], calls: int, device: torch.device, clock: Clock) -> float:
     """Return the mean seconds of one act."""
     _wait(device)
@@ -129,6 +150,11 @@ def _attention(attention: Attention, device: torch.device) -> Act:
         for count, length in zip(heads, lengths)
     )
     grouped = attention.heads != attention.kv_heads
+    if grouped and device.type == "cuda" and dtype == torch.float32:  # as layers do, see `Attention._by_torch`
+        groups, grouped = attention.heads // attention.kv_heads, False
+        key, value = (
+            one.detach().repeat_interleave(groups, 1).requires_grad_(attention.backward) for one in (key, value)
+        )
     compute = partial(functional.scaled_dot_product_attention, query, key, value, is_causal=causal, enable_gqa=grouped)
     if not attention.backward:
         return compute

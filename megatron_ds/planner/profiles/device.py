@@ -133,6 +133,8 @@ class Device(Section):
         memory_gb_s: 10^9 bytes per second of the memory.
         host_us: time of the host to start one eager operation.
         host_gb_s: 10^9 bytes per second of a copy between the device and pinned memory of its host, in each direction.
+        steady: speed of products in 16 and 8 bits after seconds without a pause, relative to that of their measured
+            times, which are of bursts: the limit of power lowers the clock.
         skew: share by which the ranks' computation between two collectives is longer on the slowest of them, beyond the
             mean: on a CPU the operating system and other programs disturb one rank, and the others wait.
         products, attention, streams: shares of the peaks that are reached.
@@ -151,6 +153,7 @@ class Device(Section):
     memory_gb_s: Positive
     host_us: NotNegative = 0.0
     host_gb_s: Positive = 20.0
+    steady: Share = 1.0
     skew: NotNegative = 0.0
     products: ProductSpeed
     attention: AttentionSpeed

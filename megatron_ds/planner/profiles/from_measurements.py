@@ -51,7 +51,12 @@ Timed = Sequence[tuple[Product | Attention | Stream, float]]
 
 
 def build_device(
-    name: str, facts: Facts, timed: Timed, communication: Sequence[MeasuredTime], skew: float = 0.0
+    name: str,
+    facts: Facts,
+    timed: Timed,
+    communication: Sequence[MeasuredTime],
+    skew: float = 0.0,
+    steady: float = 1.0,
 ) -> Device:
     """Return the profile of a measured machine.
 
@@ -60,7 +65,7 @@ def build_device(
         facts: of the machine.
         timed: operations with their seconds; products in fp32 and a stream at least.
         communication: rows of the link between its ranks; empty if there is one rank.
-        skew: see `Device`.
+        skew, steady: see `Device`.
     """
     products = [(one, time_s) for one, time_s in timed if isinstance(one, Product)]
     streams = [(one, time_s) for one, time_s in timed if isinstance(one, Stream)]
@@ -86,6 +91,7 @@ def build_device(
         memory_gib=_rounded(facts.memory_bytes / GIB),
         memory_gb_s=_rounded(bytes_per_s / GB),
         skew=_rounded(skew),
+        steady=_rounded(min(1.0, steady)),
         products=_product_speed(facts, rates, known, alike),
         attention=_attention_speed(attention, known or rates.get("bfloat16") or rates["float32"]),
         streams=StreamSpeed(share=1.0, launch_us=_rounded(launch_us)),

@@ -128,7 +128,8 @@ def _shipped_device(name: str, measured: bool) -> Device:
     if not measured or not (_FOLDER / "devices" / file).is_file():
         return device
     times = _read_device(_FOLDER / "devices" / file, name)
-    tables = {field: getattr(times, field) for field in Device.model_fields if field.startswith("measured_")}
+    fields = [field for field in Device.model_fields if field.startswith("measured_")]
+    tables = {field: getattr(times, field) for field in ("steady", *fields)}
     link = times.link if isinstance(times.link, Link) else device.link
     return device.model_copy(update={**tables, "link": link, "source": f"{device.source} {times.source}"})
 

@@ -47,7 +47,9 @@ def product_s(product: Product, device: Device, extra_bytes: int = 0) -> float:
     """
     by_formula = _product_by_formula(product, device, extra_bytes)
     surface = _product_surface(device, product.dtype)
-    return by_formula * surface.factor(_sizes_of_product(product)) if surface is not None else by_formula
+    if surface is None:
+        return by_formula
+    return by_formula * surface.factor(_sizes_of_product(product)) + _lost_to_power_s(product, device)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -55,7 +57,9 @@ def attention_s(attention: Attention, device: Device) -> float:
     """Return the seconds of fused attention."""
     by_formula = _attention_by_formula(attention, device)
     surface = _attention_surface(device, attention.dtype, attention.backward)
-    return by_formula * surface.factor(_sizes_of_attention(attention)) if surface is not None else by_formula
+    if surface is None:
+        return by_formula
+    return by_formula * surface.factor(_sizes_of_attention(attention)) + _lost_to_power_s(attention, device)
 
 
 @lru_cache(maxsize=1 << 18)
@@ -101,6 +105,14 @@ def _attention_by_formula(attention: Attention, device: Device) -> float:
     share = speed.backward if attention.backward else speed.forward
     share *= keys / (keys + speed.fill_keys) * attention.head_dim / (attention.head_dim + speed.fill_dim)
     return device.streams.launch_us * US + attention.flops / (device.peak_flops(attention.dtype) * share)
+
+
+def _lost_to_power_s(operation: Product | Attention, device: Device) -> float:
+    """Return the seconds beyond the measured ones in long runs; what the memory or a launch limits is as fast there."""
+    if device.steady == 1.0 or operation.dtype in _BYTES:
+        return 0.0
+    burst_s = operation.flops / (device.peak_flops(operation.dtype) * device.products.sustained_of(operation.dtype))
+    return burst_s * (1 / device.steady - 1)
 
 
 def _sizes_of_product(product: Product) -> tuple[float, ...]:
