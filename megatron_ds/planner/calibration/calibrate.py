@@ -64,30 +64,52 @@ def usual_sizes(device: str) -> Sizes:
         *(Product(m, n, k, dtype=dtype) for dtype in DTYPES for m, n, k in combinations(rows, columns, inner)),
         *(Product(*sizes, dtype=dtype) for dtype in DTYPES for sizes in batches),
     ]
+    products = [one for one in products if one.flops <= most_flops[one.dtype]]
+    if on_cpu:
+        products += [Product(*sizes, dtype="float32") for sizes in LARGE_PRODUCTS]
     attention = [one for dtype in DTYPES for one in _attention_sizes(dtype, device)]
     stream_bytes = STREAM_BYTES if on_cpu else (*STREAM_BYTES, *LARGE_STREAM_BYTES)
     streams = [Stream(num_bytes, name=name) for name in measure_operations.STREAMS for num_bytes in stream_bytes]
     buffers = [4**power * _KB for power in range(9 if on_cpu else 11)]
-    return Sizes([one for one in products if one.flops <= most_flops[one.dtype]], attention, streams, buffers)
+    return Sizes(products, attention, streams, buffers)
+
+
+LARGE_PRODUCTS = ((2048, 2048, 1024), (256, 32768, 512), (256, 512, 32768), (32768, 512, 256))
+"""Sizes of a CPU's largest products, which are those of an output head: its logits, and both of its gradients."""
 
 
 def _attention_sizes(dtype: str, device: str) -> list[Attention]:
     """Return attention to measure on "cpu" or "cuda": causal, and between all pairs."""
-    causal: tuple[int, ...]
-    full: tuple[int, ...]
     if device == "cuda":
-        causal, full = (512, 2048, 8192), (512, 2048)
-    elif dtype == "float32":
-        causal, full = (64, 128, 256, 512, 1024, 2048), (128, 512, 1024)
-    else:
-        causal, full = (64, 256), ()
-    pairs = [(length, length * (length + 1) // 2) for length in causal] + [(length, length**2) for length in full]
+        lengths = [(length, heads) for length in (512, 2048, 8192) for heads in (8, 32)]
+        return _attention_of(dtype, lengths, lengths[:4], (64, 128))
+    if dtype == "float32":
+        causal = [(64, 32), (128, 32), (256, 32), (512, 8), (512, 32), (1024, 8), (2048, 2)]
+        full = [(128, 32), (512, 32), (1024, 2)]
+        return _attention_of(dtype, causal, full, (32, 64, 128)) + _attention_of(dtype, [(8192, 2)], [], (64,))
+    return _attention_of(dtype, [(64, 8), (256, 8)], [], (64, 128))
+
+
+def _attention_of(
+    dtype: str, causal: Sequence[tuple[int, int]], full: Sequence[tuple[int, int]], head_dims: Sequence[int]
+) -> list[Attention]:
+    """Return attention forward and backward.
+
+    More than 8 heads on a CPU are those of several rows: the more rows and heads, the further apart the positions of
+    one head are in memory.
+
+    Args:
+        dtype: of it.
+        causal, full: lengths with the number of heads of all rows.
+        head_dims: sizes of a head.
+    """
+    pairs = [(length, heads, length * (length + 1) // 2) for length, heads in causal]
+    pairs += [(length, heads, length**2) for length, heads in full]
     return [
-        Attention(1, heads, 2, head_dim, length, length, count, backward, dtype)
+        Attention(1, heads, max(1, heads // 4), head_dim, length, length, count, backward, dtype)
         for backward in (False, True)
-        for head_dim in (64, 128)
-        for length, count in pairs
-        for heads in ((8, 32) if device == "cuda" else (8,) if length <= 512 else (2,))
+        for head_dim in head_dims
+        for length, heads, count in pairs
     ]
 
 
@@ -100,7 +122,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None, budget_s: float = math.inf) -> Device:
-    """Return the measured profile of this machine. It takes one to three minutes.
+    """Return the measured profile of this machine. It takes two to four minutes.
 
     All ranks compute at the same time, as in a run: they share the memory and, on a CPU, the cores.
 

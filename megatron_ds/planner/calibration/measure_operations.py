@@ -3,8 +3,9 @@
 Every operation is called in each of several rounds, so that a disturbance of the machine reaches all of them alike. The
 lower quartile over the rounds counts: what else the machine does makes times longer, never shorter. Operations are
 called as the layers call them: a product by `layers.products`, in the three layouts of a linear layer (forward, and the
-gradients of its input and of its weight); attention on views of (S, B, N, D); a stream on tensors that the caches do
-not hold, as few of a step's are.
+gradients of its input and of its weight); attention on views of (S, B, N, D). A CPU's products in fp32, and streams,
+get tensors that the caches do not hold, as few of a step's are, and what they return stays alive until the next round,
+so that it does not stay in the caches either.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ SHORTEST_S = 0.002
 ROUNDS = 5
 CACHE_BYTES, SMALL_BYTES = 64 << 20, 256 << 10
 """Bytes over which a stream is measured in turns, and those of a stream that is small enough to stay in a cache."""
+NUM_LAYOUTS = 3
+"""Layouts in which a product is measured: forward, and the gradients of its input and of its weight."""
 GPU_CACHE_BYTES, MOST_COPIES = 256 << 20, 128
 """`CACHE_BYTES` of a GPU, whose cache is larger, and the most tensors of a stream that are measured in turns."""
 
@@ -58,8 +61,7 @@ def measure(
             break
         for index, operation in enumerate(operations):
             acts = prepare(operation, device)  # again in each round: all at once may not fit into memory
-            for act in acts if not calls[index] else acts[:1]:
-                act()
+            _call(acts if not calls[index] else acts[:1], device)
             time_s = _time(acts, max(1, calls[index]), device, clock)
             if not calls[index]:
                 calls[index] = max(1, int(SHORTEST_S / max(time_s * len(acts), 1e-9)))
@@ -94,10 +96,18 @@ def _time(acts: Sequence[Act], calls: int, device: torch.device, clock: Clock) -
     _wait(device)
     began_s = clock()
     for _ in range(calls):
-        for act in acts:
-            act()
+        _call(acts, device)
     _wait(device)
     return (clock() - began_s) / (calls * len(acts))
+
+
+def _call(acts: Sequence[Act], device: torch.device) -> None:
+    """Call all acts; on a CPU their results have memory of their own, which a GPU may lack."""
+    if device.type == "cpu":
+        [act() for act in acts]
+    else:
+        for act in acts:
+            act()
 
 
 def _wait(device: torch.device) -> None:
@@ -109,13 +119,24 @@ def prepare(operation: Product | Attention | Stream, device: torch.device) -> Se
     """Return functions that compute an operation, with their memory allocated."""
     match operation:
         case Product():
-            return _product(operation, device)
+            return [act for _ in range(_product_copies(operation, device)) for act in _product(operation, device)]
         case Attention():
             return [_attention(operation, device)]
         case Stream():
             cache_bytes = CACHE_BYTES if device.type == "cpu" else GPU_CACHE_BYTES
             copies = min(MOST_COPIES, cache_bytes // operation.num_bytes) if operation.num_bytes > SMALL_BYTES else 1
             return [STREAMS[operation.name](operation.num_bytes, device) for _ in range(max(1, copies))]
+
+
+def _product_copies(product: Product, device: torch.device) -> int:
+    """Return the number of pairs of factors that are multiplied in turns, for each layout.
+
+    Only a CPU's products in fp32 are so fast that it matters whether the cache has the factors.
+    """
+    moved = 4 * product.batch * (product.m * product.k + product.k * product.n + product.m * product.n)
+    if device.type != "cpu" or product.dtype != "float32" or moved <= SMALL_BYTES:
+        return 1
+    return max(1, min(MOST_COPIES, CACHE_BYTES // (NUM_LAYOUTS * moved)))
 
 
 def _product(product: Product, device: torch.device) -> Sequence[Act]:
@@ -188,8 +209,27 @@ def _adamw(num_bytes: int, device: torch.device) -> Act:
     return torch.optim.AdamW([parameter], lr=1e-6, fused=True).step
 
 
+def _rows_of(compute: Callable[[Tensor, Tensor, Tensor], object], num_tensors: int = 2) -> Callable[..., Act]:
+    """Return a function of bytes and device that makes a stream of rows at given places.
+
+    Args:
+        compute: of a tensor (rows, 512), the places of all its rows in another order, and another tensor.
+        num_tensors: number of such tensors that it reads and writes.
+    """
+
+    def make(num_bytes: int, device: torch.device) -> Act:
+        rows = max(1, num_bytes // (4 * num_tensors * 512))
+        places = torch.arange(rows, device=device).view(-1).flip(0)
+        given = (_numbers((rows, 512), torch.float32, device) for _ in range(2))
+        return partial(compute, next(given), places, next(given))
+
+    return make
+
+
 _silu_backward = torch.ops.aten.silu_backward
 _gelu_backward = torch.ops.aten.gelu_backward
+_safe_softmax = torch.ops.aten._safe_softmax
+_softmax_backward = torch.ops.aten._softmax_backward_data
 STREAMS: dict[str, Callable[[int, torch.device], Act]] = {
     "": _with_tensors(torch.add, 3, 2),
     "add_": _with_tensors(Tensor.add_, 3, 2),
@@ -204,10 +244,17 @@ STREAMS: dict[str, Callable[[int, torch.device], Act]] = {
     "silu_backward": _with_tensors(_silu_backward, 3, 2),
     "gelu": _with_tensors(functional.gelu, 2),
     "gelu_backward": _with_tensors(_gelu_backward, 3, 2),
+    "gelu_tanh": _with_tensors(partial(functional.gelu, approximate="tanh"), 2),
+    "gelu_tanh_backward": _with_tensors(partial(_gelu_backward, approximate="tanh"), 3, 2),
+    "_safe_softmax": _with_tensors(partial(_safe_softmax, dim=-1), 2),
+    "_softmax_backward_data": _with_tensors(lambda grad, out: _softmax_backward(grad, out, -1, torch.float32), 3, 2),
     "_softmax": _with_tensors(partial(torch.softmax, dim=-1), 2),
     "_log_softmax": _with_tensors(partial(torch.log_softmax, dim=-1), 2),
     "native_layer_norm": _with_tensors(partial(functional.layer_norm, normalized_shape=(512,)), 2),
     "cat": _with_tensors(lambda a, b: torch.cat([a, b]), 4, 2),
+    "index_select": _rows_of(lambda x, places, _: x.index_select(0, places)),
+    "index_copy_": _rows_of(lambda x, places, given: x.index_copy_(0, places, given)),
+    "index_add_": _rows_of(lambda x, places, given: x.index_add_(0, places, given)),
     "bernoulli_": _with_tensors(Tensor.bernoulli_, 1),
     "norm": _with_tensors(torch.linalg.vector_norm, 1),
     "adamw": _adamw,

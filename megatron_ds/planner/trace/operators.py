@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,8 +25,29 @@ def operations_of(func: Any, args: Arguments, kwargs: dict[str, Any], result: An
         return [_ATTENTION[name](args, kwargs)]
     if name in _WITHOUT_WORK or func.is_view:
         return ()
+    if name == "embedding_dense_backward":
+        return _streams({"zero_": result.nbytes, "index_add_": 2 * args[0].nbytes + args[1].nbytes})
     num_bytes = _ROWS[name](args, kwargs, result) if name in _ROWS else _read_and_written(func, args, kwargs, result)
-    return (Stream(num_bytes, name=name),) if num_bytes else ()
+    return _streams({_function(name, kwargs): num_bytes})
+
+
+def _streams(num_bytes: Mapping[str, int]) -> list[Operation]:
+    return [Stream(number, name=name) for name, number in num_bytes.items() if number]
+
+
+def _function(name: str, kwargs: Mapping[str, Any]) -> str:
+    """Return the name of what an operator does to memory: several operators do the same, and some have two formulas."""
+    if kwargs.get("approximate") == "tanh":
+        return name.replace("gelu", "gelu_tanh")
+    return _SAME.get(name, name)
+
+
+_SAME: Mapping[str, str] = {
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "fill_", "ones", "ones_like", "full", "full_like"), "zero_"),
+    **dict.fromkeys(("embedding", "index"), "index_select"),
+    "stack": "cat",
+    "_to_copy": "copy_",
+}
 
 
 def _dtype(x: Tensor) -> str:
@@ -128,7 +149,12 @@ def _read_and_written(func: Any, args: Arguments, kwargs: dict[str, Any], result
     return sum(map(_touched, given)) + sum(map(_touched, tensors_in(result)))
 
 
-_ONLY_WRITTEN = frozenset({"aten::zero_", "aten::fill_", "aten::zeros_like", "aten::ones_like", "aten::full_like"})
+_ONLY_WRITTEN = frozenset(
+    {
+        *("aten::zero_", "aten::fill_", "aten::zeros_like", "aten::ones_like", "aten::full_like"),
+        *("aten::new_zeros", "aten::new_ones", "aten::new_full"),
+    }
+)
 
 
 def _looked_up(args: Arguments, kwargs: dict[str, Any], result: Any) -> int:

@@ -63,7 +63,7 @@ def check(found: Run, real: Run, held_bytes: int = 0) -> None:
     assert found.sent == real.sent
     assert found.forward == real.forward
     more = real.backward - found.backward
-    assert more.pop(Stream(4, name="ones_like")) == 1
+    assert more.pop(Stream(4, name="zero_")) == 1
     assert not found.backward - real.backward
     assert all(held_bytes and isinstance(one, Stream) and one.name == "copy_" for one in more), more
 
