@@ -1,7 +1,8 @@
 """Write `bench/RESULTS-GPU.md`, `results-gpu.json` and `results-gpu.png` from the results of a command.
 
-The page has two halves, "right" and "fast"; a command replaces its own. `python -m bench.gpu.report HALF FILE` writes
-them again from a file of results; without arguments, the page and the chart are drawn again from the JSON.
+The page has two halves, "right" and "fast"; a command replaces its own. `python -m bench.gpu.report HALF FILE ...` writes
+them again from files of results, of which the later ones replace results of the earlier ones: so runs of single parts
+make a half. Without arguments, the page and the chart are drawn again from the JSON.
 
 They are written to the directory of the results, and to `bench/` if a complete command ran on a GPU.
 """
@@ -35,6 +36,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def joined(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the last result of each name in several runs; what a limit cut off in one of them is left out."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in files:
+        for row in read_rows(file):
+            if row["section"] != "run":
+                found.pop((row["section"], row["name"]), None)
+                found[row["section"], row["name"]] = row
+    return sorted(found.values(), key=lambda row: row["section"] != "environment")
+
+
 def is_of_a_gpu(rows: Sequence[Row]) -> bool:
     """Return whether the results are of the full shapes on a GPU."""
     found = next((row for row in rows if row["section"] == "environment"), {})
@@ -66,8 +78,9 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments:
         write_page(read_halves(BENCH), BENCH)
         return 0
-    half, file, complete = arguments[0], Path(arguments[1]), "partial" not in arguments[2:]
-    rows = read_rows(file)
+    half, complete = arguments[0], "partial" not in arguments[2:]
+    files = [Path(one) for one in arguments[1:] if one != "partial"]
+    file, rows = files[-1], read_rows(files[0]) if len(files) == 1 else joined(files)
     folders = [file.parent] if os.access(file.parent, os.W_OK) else []
     folders += [BENCH] if complete and is_of_a_gpu(rows) else []
     for folder in folders:

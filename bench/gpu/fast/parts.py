@@ -25,7 +25,7 @@ PARTS: tuple[Part, ...] = (
     Part("head", "bench.gpu.fast.head", limit_s=40.0),
     Part("gemma", "bench.gpu.fast.blocks", ("gemma",), 70.0),
     Part("device-table", "bench.gpu.fast.device_table", limit_s=60.0, environment=FORKING),
-    Part("plans", "bench.gpu.fast.plans", limit_s=100.0),
+    Part("plans", "bench.gpu.fast.plans", limit_s=120.0, environment=FORKING),
     train("long-ours", "long", "ours", 60.0),
     train("long-transformers", "long", "transformers", 60.0),
     Part("saving", "bench.gpu.fast.saving", limit_s=80.0),

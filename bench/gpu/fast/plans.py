@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -23,25 +23,26 @@ from bench.gpu.record import (
     guarded,
     pick,
     record,
-    release_memory,
     reset_peak,
     time_runs,
     wait_for_turn,
 )
 from bench.ours import columns, engine_fields
 from bench.work import MASK_EVERY, MASKED_MODELS, Spec, Work
-from megatron_ds.engine import preload
+from megatron_ds.engine import preload, start_distributed, stop_distributed
+from megatron_ds.parallel.launch import RankInfo, run_local
 from megatron_ds.planner.memory.stage import ALLOWANCES, StageMemory
 from megatron_ds.planner.plan import make_plan
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import Device, find_by_gpu, find_device, find_network
-from megatron_ds.runtime import session
+from megatron_ds.runtime import Session
 from tests.planner.inputs import input_of
 
 WARM_UPS, STEPS = 2, pick(4, 1)
 MOST_UNDER, MOST_OVER = 0.02, 0.05
 """How much less or more memory may be planned than is needed."""
 GB = 1e9
+TIMEOUT_S = 60.0
 
 SHORT = models.work({**models.LLAMA_1B, "num_hidden_layers": 8}, 4, 2048)
 LLAMA = replace(SHORT, batch=pick(8, 2))
@@ -71,11 +72,11 @@ class Case:
         options = {"zero": self.zero, "micro_batch": self.micro_batch or self.work.batch}
         return {**engine_fields(Spec("ours", 1, options, self.work, "", DEVICE)), **self.fields}
 
-    def plan_input(self) -> PlanInput:
-        """Return what its plan is made from."""
+    def plan_input(self, device_type: Literal["cpu", "cuda"]) -> PlanInput:
+        """Return what its plan is made from, on a device of torch's name."""
         masked = self.work.model["model_type"] in MASKED_MODELS
         rows = Rows(self.work.seq_length, labelled=1 / MASK_EVERY if masked else 1.0)
-        return input_of(self.work.model, self.engine, rows, Machines(1, 1, "cuda" if DEVICE == "cuda" else "cpu"))
+        return input_of(self.work.model, self.engine, rows, Machines(1, 1, device_type))
 
 
 CASES = {
@@ -101,36 +102,34 @@ def main() -> None:
 
 
 @cache
-def _device() -> Device:
-    """Return the profile of this device."""
+def _device(gpu: str | None) -> Device:
+    """Return the profile of this device, by the name of its GPU."""
     measured = sorted(OUT.glob("*.measured.yaml"))
     if measured:
         return find_device(str(measured[-1]))
-    if DEVICE == "cpu":
-        return find_device("cpu")
-    found = find_by_gpu(torch.cuda.get_device_name(0))
-    assert found is not None, "no profile comes with the package for this GPU"
+    found = find_device("cpu") if gpu is None else find_by_gpu(gpu)
+    assert found is not None, f"no profile comes with the package for {gpu}"
     return found
 
 
 def compare(name: str, case: Case) -> None:
     """Plan and measure a case, and record both."""
-    device = _device()
-    plan = make_plan(case.plan_input(), device, find_network(None, device, 1))
-    ms, allocated, reserved, used = _measure(case)
+    (found,) = run_local(lambda info: _measure(info, case), 1, TIMEOUT_S)
+    device = _device(found.gpu)
+    plan = make_plan(case.plan_input("cpu" if found.gpu is None else "cuda"), device, find_network(None, device, 1))
     tensors = tensors_bytes(plan.fullest)
-    error = tensors / allocated - 1 if allocated else None
+    error = tensors / found.allocated - 1 if found.allocated else None
     record(
         PLANNED,
         name,
         None if error is None else -MOST_UNDER <= error <= MOST_OVER,
         planned_gb=round(tensors / GB, 3),
-        **({} if error is None else {"measured_gb": round(allocated / GB, 3), "memory_error": round(error, 4)}),
+        **({} if error is None else {"measured_gb": round(found.allocated / GB, 3), "memory_error": round(error, 4)}),
         planned_ms=round(plan.time.total_s * 1e3, 2),
-        measured_ms=ms,
-        time_error=round(plan.time.total_s * 1e3 / ms - 1, 4),
-        reserved_gb=round(reserved / GB, 3),
-        device_gb=round(used / GB, 3),
+        measured_ms=found.ms,
+        time_error=round(plan.time.total_s * 1e3 / found.ms - 1, 4),
+        reserved_gb=round(found.reserved / GB, 3),
+        device_gb=round(found.in_use / GB, 3),
         planned_device_gb=round(plan.fullest.peak_bytes / GB, 3),
         when=plan.fullest.when,
         parts={part: round(size / GB, 3) for part, size in plan.fullest.parts.items()},
@@ -142,19 +141,32 @@ def tensors_bytes(memory: StageMemory) -> int:
     return sum(size for part, size in memory.parts.items() if part not in ALLOWANCES)
 
 
-def _measure(case: Case) -> tuple[float, int, int, int]:
-    """Return the milliseconds of a step, its peaks of allocated and reserved bytes, and the bytes in use after it."""
-    with session() as here:
-        engine = here.build_engine(drawn_model(case.work.model, here.device), **case.engine)
-        step = steps_on(engine, columns(case.work), case.work.lr)
-        step()
-        release_memory()
-        reset_peak()
-        ms = time_runs(step, warm_ups=WARM_UPS, times=STEPS).ms
-        if DEVICE == "cpu":
-            return ms, 0, 0, 0
+class Measured(NamedTuple):
+    """Milliseconds of a step; a GPU's name, the peaks of allocated and reserved bytes, and those in use after it."""
+
+    ms: float
+    gpu: str | None = None
+    allocated: int = 0
+    reserved: int = 0
+    in_use: int = 0
+
+
+def _measure(info: RankInfo, case: Case) -> Measured:
+    """Measure a case in a process of its own: DeepSpeed keeps memory of engines that are gone."""
+    device = start_distributed(info)
+    engine = Session(info, device).build_engine(drawn_model(case.work.model, device), **case.engine)
+    step = steps_on(engine, columns(case.work), case.work.lr)
+    step()
+    torch.cuda.empty_cache()
+    reset_peak()
+    ms = time_runs(step, warm_ups=WARM_UPS, times=STEPS).ms
+    found = Measured(ms)
+    if DEVICE == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return ms, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free
+        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        found = Measured(ms, torch.cuda.get_device_name(device), *peaks, total - free)
+    stop_distributed()
+    return found
 
 
 if __name__ == "__main__":

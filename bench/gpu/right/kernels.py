@@ -114,7 +114,7 @@ def compiled() -> None:
 
 def _compare_one(operation: Operation, candidate: Candidate, title: str, example: Example) -> None:
     error = largest_error(operation, candidate.make(), torch_device(), [example])
-    record("kernels", title, error <= TOLERANCE, version=candidate.label, bound=TOLERANCE, error=error)
+    record("kernels", title, error <= TOLERANCE, version=candidate.label, bound=TOLERANCE, call=error)
 
 
 def _check(operation: Operation, name: str, candidate: Candidate) -> bool | None:

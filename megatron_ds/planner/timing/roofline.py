@@ -109,10 +109,21 @@ def _attention_by_formula(attention: Attention, device: Device) -> float:
 
 def _lost_to_power_s(operation: Product | Attention, device: Device) -> float:
     """Return the seconds beyond the measured ones in long runs; what the memory or a launch limits is as fast there."""
-    if device.steady == 1.0 or operation.dtype in _BYTES:
+    best = _best_rate(device, operation.dtype)
+    if device.steady == 1.0 or operation.dtype in _BYTES or best == 0.0:
         return 0.0
-    burst_s = operation.flops / (device.peak_flops(operation.dtype) * device.products.sustained_of(operation.dtype))
-    return burst_s * (1 / device.steady - 1)
+    return operation.flops / best * (1 / device.steady - 1)
+
+
+@cache
+def _best_rate(device: Device, dtype: str) -> float:
+    """Return the FLOP/s of the fastest measured product of a dtype; 0 = none was measured."""
+    rates = (
+        Product(one.m, one.n, one.k, one.batch, dtype).flops / (one.us * US)
+        for one in device.measured_products
+        if one.dtype == dtype
+    )
+    return max(rates, default=0.0)
 
 
 def _sizes_of_product(product: Product) -> tuple[float, ...]:

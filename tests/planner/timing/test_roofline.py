@@ -127,3 +127,18 @@ def test_measured_attention_and_streams_override_the_formulas() -> None:
     assert stream_s(Stream(1000, name="silu_"), device) * 1e6 == pytest.approx(50), "the same function, in place"
     assert stream_s(Stream(101_000, launches=2), device) * 1e6 == pytest.approx(50)
     assert stream_s(Stream(0, launches=0), device) == 0.0
+
+
+def test_the_limit_of_power_slows_down_what_computes() -> None:
+    """A large product as much as in a long run; the start of a small one, and fp32, not at all."""
+    large, small = Product(8192, 8192, 8192), Product(16, 16, 16)
+    rows = [
+        MeasuredProduct(m=one.m, n=one.n, k=one.k, dtype=one.dtype, us=product_s(one, H100) * 1e6)
+        for one in (large, small, Product(8192, 8192, 8192, dtype="float32"))
+    ]
+    burst = with_table(H100, measured_products=tuple(rows))
+    steady = burst.model_copy(update={"steady": 0.8})
+    assert product_s(large, steady) == pytest.approx(product_s(large, burst) / 0.8)
+    assert product_s(small, steady) == pytest.approx(product_s(small, burst), rel=1e-3)
+    for unmeasured in (Product(8192, 8192, 8192, dtype="float32"), Attention(1, 8, 8, 64, 512, 512, 512 * 512)):
+        assert seconds(unmeasured, steady) == seconds(unmeasured, burst)
