@@ -1,8 +1,9 @@
 """Write `bench/RESULTS-GPU.md`, `results-gpu.json` and `results-gpu.png` from the results of a command.
 
-The page has two halves, "right" and "fast"; a command replaces its own. `python -m bench.gpu.report HALF FILE ...` writes
-them again from files of results, of which the later ones replace results of the earlier ones: so runs of single parts
-make a half. Without arguments, the page and the chart are drawn again from the JSON.
+The page has two halves, "right" and "fast"; a command replaces its own.
+`python -m bench.gpu.report HALF FILE ...` writes them again from files of results, of which the later ones replace
+results of the earlier ones: so runs of single parts make a half. Without arguments, the page and the chart are drawn
+again from the JSON.
 
 They are written to the directory of the results, and to `bench/` if a complete command ran on a GPU.
 """

@@ -138,7 +138,8 @@ def _errors(core: ModelConfig, template: SequentialModel, batch: Batch) -> Itera
 def _moved(model: SequentialModel, device: torch.device) -> SequentialModel:
     """Move a model with its weights that are no parameters."""
     for part in model.modules():
-        for name, weight in part.untrained().items() if hasattr(part, "untrained") else ():
+        find: Any = getattr(part, "untrained", dict)
+        for name, weight in find().items():
             setattr(part, name, weight.to(device))
     return model.to(device)
 

@@ -84,7 +84,8 @@ def steady_speed(product: Product, device: torch.device, duration_s: float) -> f
     burst_s = _time(
         acts, max(1, int(SHORTEST_S / _time(acts, 1, device, time.perf_counter))), device, time.perf_counter
     )
-    times_s, began_s = [], time.perf_counter()
+    times_s: list[float] = []
+    began_s = time.perf_counter()
     while not times_s or time.perf_counter() - began_s < duration_s:
         times_s.append(_time(acts, max(1, int(duration_s / 20 / burst_s / len(acts))), device, time.perf_counter))
     half = times_s[len(times_s) // 2 :]
