@@ -26,6 +26,8 @@ from megatron_ds.planner.operations import Attention, Product, Stream
 SHORTEST_S = 0.002
 """Calls are repeated until one measurement takes at least so long."""
 ROUNDS = 5
+STEADY_PARTS = 20
+"""Parts of a long run that are timed one after the other."""
 CACHE_BYTES, SMALL_BYTES = 64 << 20, 256 << 10
 """Bytes over which a stream is measured in turns, and those of a stream that is small enough to stay in a cache."""
 NUM_LAYOUTS = 3
@@ -70,26 +72,22 @@ def measure(
     return [statistics.quantiles(one, n=4)[0] if len(one) > 1 else one[0] for one in times_s]
 
 
-def steady_speed(product: Product, device: torch.device, duration_s: float) -> float:
+def steady_speed(product: Product, device: torch.device, duration_s: float, clock: Clock = time.perf_counter) -> float:
     """Return the speed of a product after seconds without a pause, relative to that of a burst.
 
     Args:
         product: a large one, which the device's limit of power slows down.
         device: that computes.
         duration_s: seconds, of which the second half counts.
+        clock: seconds.
     """
     acts = prepare(product, device)
-    for act in acts:
-        act()
-    burst_s = _time(
-        acts, max(1, int(SHORTEST_S / _time(acts, 1, device, time.perf_counter))), device, time.perf_counter
-    )
-    times_s: list[float] = []
-    began_s = time.perf_counter()
-    while not times_s or time.perf_counter() - began_s < duration_s:
-        times_s.append(_time(acts, max(1, int(duration_s / 20 / burst_s / len(acts))), device, time.perf_counter))
-    half = times_s[len(times_s) // 2 :]
-    return burst_s * len(half) / sum(half)
+    _time(acts, 1, device, clock)
+    once_s = _time(acts, 1, device, clock) * len(acts)
+    burst_s = _time(acts, max(1, int(SHORTEST_S / once_s)), device, clock)
+    calls = max(1, int(duration_s / STEADY_PARTS / once_s))
+    later_s = [_time(acts, calls, device, clock) for _ in range(STEADY_PARTS)][STEADY_PARTS // 2 :]
+    return burst_s / statistics.mean(later_s)
 
 
 def _time(acts: Sequence[Act], calls: int, device: torch.device, clock: Clock) -> float:

@@ -177,3 +177,19 @@ def test_usual_sizes_fit_each_device() -> None:
     for sizes in (cpu, cuda):
         assert {one.name for one in sizes.streams} == set(measure_operations.STREAMS)
         assert len(set(sizes.products)) == len(sizes.products) > 60
+
+
+def _speed_of_a_device_that_slows_down() -> float:
+    readings, reading_s = 0, 0.0
+
+    def clock() -> float:  # what lies between two readings takes 2 ms, and from the tenth on 2.5 ms
+        nonlocal readings, reading_s
+        readings, reading_s = readings + 1, reading_s + (2e-3 if readings < 10 else 2.5e-3)
+        return reading_s
+
+    device = torch.device("cpu")
+    return measure_operations.steady_speed(Product(8, 8, 8, dtype="float32"), device, 0.04, clock)
+
+
+def test_the_speed_of_long_runs_is_that_of_their_second_half() -> None:
+    assert run_alone(_speed_of_a_device_that_slows_down) == pytest.approx(0.8)
