@@ -121,6 +121,10 @@ class Block(nn.Module):
                 HIDDEN: self.recompute.run("full", run, activations[HIDDEN], *(activations[name] for name in names)),
             }
 
+    def make_tables(self, activations: Activations) -> None:
+        """Make the tables that the forward pass on these activations makes if no other block has made them."""
+        self._angles(activations[HIDDEN], self.inputs.positions in activations)
+
     def _angles(self, x: Tensor, every: bool) -> Angles | None:
         """Return the angles, of every position or this context rank's own, as an input of the compiled block.
 

@@ -8,6 +8,7 @@ the wire and memory are both derived from what it yields.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,8 @@ class _Weight:
         gathered: its complete value is there, or on its way.
         waits: it is on its way.
         users: modules that use it.
-        fetched_for: index of the last use, in the order of modules, that a fetch has seen.
+        steps: indices of its uses, in the order of modules.
+        fetched_for: index of the last use that a fetch has seen.
         has_second: ranks of a node hold a second division of it (`zero_hpz_partition_size`).
     """
 
@@ -61,6 +63,7 @@ class _Weight:
     gathered: bool = False
     waits: bool = False
     users: set[str] = field(default_factory=set)
+    steps: list[int] = field(default_factory=list)
     fetched_for: int = -1
     has_second: bool = False
 
@@ -94,12 +97,12 @@ class WeightSchedule:
         order = {name: index for index, name in enumerate(self._weights)}
         self._used = {name: [self._weights[one.name] for one in own] for name, own in used.items()}
         modules = [one.module for one in passes if one.event == Event.BEFORE]
-        self._steps = [(step, self._used[module]) for step, module in enumerate(modules) if module in self._used]
-        self._uses = [
-            (weight, step)
-            for step, own in self._steps
-            for weight in sorted(own, key=lambda one: order[one.parameter.name])
-        ]
+        self._uses, self._passed = list[tuple[_Weight, int]](), [0]
+        for step, own in enumerate(self._used.get(module, []) for module in modules):
+            self._uses += [(weight, step) for weight in sorted(own, key=lambda one: order[one.parameter.name])]
+            self._passed.append(self._passed[-1] + sum(weight.parameter.numel for weight in own))
+            for weight in own:
+                weight.steps.append(step)
         self._released: dict[tuple[str, int], frozenset[str]] = {}
         self._replayed: dict[str, list[_Weight]] = {}  # module in its backward pass -> weights that it recomputes with
         self._begin()
@@ -195,22 +198,15 @@ class WeightSchedule:
 
     def _unneeded(self, own: Sequence[_Weight]) -> frozenset[str]:
         """Return a module's weights of which no fetch has seen a later use, and which the next modules do not use."""
-        soon = self._needed_soon() if own else ()
-        names = (one.parameter.name for one in own if one.fetched_for <= self._step)
-        return frozenset(name for name in names if name not in soon)
+        unseen = (one for one in own if one.fetched_for <= self._step)
+        return frozenset(one.parameter.name for one in unseen if not self._is_needed_soon(one))
 
-    def _needed_soon(self) -> set[str]:
-        """Return the weights of the next modules, up to `max_reuse_distance` elements."""
-        found: set[str] = set()
-        passed = 0
-        for step, own in self._steps:
-            if step < self._step:
-                continue
-            if passed >= self._zero.max_reuse_distance:
-                break
-            found.update(weight.parameter.name for weight in own)
-            passed += sum(weight.parameter.numel for weight in own)
-        return found
+    def _is_needed_soon(self, weight: _Weight) -> bool:
+        """Return whether one of the next modules uses a weight: up to `max_reuse_distance` elements."""
+        following = bisect_left(weight.steps, self._step)
+        if following == len(weight.steps):
+            return False
+        return self._passed[weight.steps[following]] - self._passed[self._step] < self._zero.max_reuse_distance
 
     def _drop(self, weights: Iterable[_Weight]) -> Iterator[WeightChange]:
         dropped = []

@@ -157,7 +157,7 @@ class PlannedEstimators:
             for stage in stages
         ]
         device, host = self.floor.memory(candidate, activations, count)
-        return Estimate(passes_s + CERTAIN_S * self.floor.gradients_s(candidate, passes_s), device, host)
+        return Estimate(passes_s + CERTAIN_S * self.floor.shards(candidate, passes_s), device, host)
 
     def timed(self, candidate: Candidate) -> Estimate:
         """Return the planned time; memory as `traced` has it."""

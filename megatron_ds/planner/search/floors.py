@@ -8,27 +8,27 @@ are those of the pipeline's real stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from math import ceil
 from typing import Any
 
 from megatron_ds.config import ContextPlan, ParallelSection
 from megatron_ds.parallel.grid import Layout
-from megatron_ds.planner.operations import Collective, CollectiveKind, LayerTrace
+from megatron_ds.planner.operations import Collective, LayerTrace
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles import Device, Network
+from megatron_ds.planner.profiles.link import US
 from megatron_ds.planner.search.branch_and_bound import Estimate
 from megatron_ds.planner.search.memory_floors import MemoryFloors
 from megatron_ds.planner.search.model_traces import ModelTraces
+from megatron_ds.planner.search.shard_floors import ShardFloors, nearest
 from megatron_ds.planner.search.space import LARGEST_MICRO_BATCH, Candidate
 from megatron_ds.planner.search.stage_shares import StageShare, StageShares
 from megatron_ds.planner.timing import links
-from megatron_ds.planner.timing.pass_time import CONTENTION, Machine, pass_time
+from megatron_ds.planner.timing.pass_time import Machine, num_launches, pass_time
 from megatron_ds.planner.timing.placement import Placement
 from megatron_ds.planner.trace.setting import TraceSetting
-from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
 CERTAIN_S = 0.97
 """Share of bounds of time that is kept: measured times of a calibration need not grow with sizes as formulas do."""
@@ -45,16 +45,19 @@ class _Body:
         block_s: of the fastest block.
         tail_s: of the layers behind the last block.
         kept_bytes: of the block that keeps least.
+        launches_s: in which the host starts the kernels of the block that has fewest, for any number of rows.
     """
 
     model_s: float
     block_s: float
     tail_s: float
     kept_bytes: float
+    launches_s: float
 
     def divided(self, ranks: int) -> _Body:
-        """Return the share of one of several ranks."""
-        return _Body(*(getattr(self, one.name) / ranks for one in fields(self)))
+        """Return the share of one of several ranks, each of which starts all kernels."""
+        parts = (getattr(self, one.name) / ranks for one in fields(self))
+        return replace(_Body(*parts), launches_s=self.launches_s)
 
 
 class LayoutFloors:
@@ -85,21 +88,19 @@ class LayoutFloors:
         return self._bound(candidate, self._body(candidate, of_tensor=True), max(0.0, exchanged_s))
 
     def _bound(self, candidate: Candidate, body: _Body, exchanged_s: float) -> Estimate:
-        rows, share, stages = (
-            candidate.micro_batch_size,
-            body.divided(candidate.context),
-            self.stages(candidate.pipeline),
-        )
-        count, num_blocks = self._num_micro_batches(candidate), sum(stage.num_blocks for stage in stages)
-        block_s = share.block_s + exchanged_s
-        average_s = count * (share.model_s + num_blocks * exchanged_s) / len(stages)
+        rows, share = candidate.micro_batch_size, body.divided(candidate.context)
+        stages, count = self.stages(candidate.pipeline), self._num_micro_batches(candidate)
+        num_blocks = sum(stage.num_blocks for stage in stages)
+        block_s = max(share.block_s, share.launches_s / rows) + exchanged_s
+        model_s = max(share.model_s + num_blocks * exchanged_s, num_blocks * block_s)
+        average_s = count * model_s / len(stages)
         ends_s = (count * stage.num_blocks + stage.blocks_before for stage in stages)
         last = stages[-1]
         last_s = (count * last.num_blocks + last.blocks_before) * block_s + count * share.tail_s
         passes_s = rows * max(block_s * max(ends_s), last_s, average_s)
         activations = [rows * share.kept_bytes * stage.num_blocks * stage.in_flight(count) for stage in stages]
         device, host = self.memory(candidate, activations, count)
-        return Estimate(CERTAIN_S * (passes_s + self.gradients_s(candidate, passes_s)), device, host)
+        return Estimate(CERTAIN_S * (passes_s + self.shards(candidate, passes_s)), device, host)
 
     def _num_micro_batches(self, candidate: Candidate) -> int:
         data = self._given.machines.world_size // candidate.model_ranks
@@ -120,6 +121,11 @@ class LayoutFloors:
     def memory(self) -> MemoryFloors:
         """The bounds of memory."""
         return MemoryFloors(self._given, self._shares)
+
+    @cached_property
+    def shards(self) -> ShardFloors:
+        """The bounds of the time of gradients and weights between data ranks."""
+        return ShardFloors(self._given, self._shares, self._network)
 
     @cached_property
     def _shares(self) -> StageShares:
@@ -152,7 +158,7 @@ class LayoutFloors:
             )
             traces = self._traces.of(setting)
             machine = Machine(
-                self._device, self._network, dict.fromkeys(("tensor", "neighbours"), self._placement(tensor, 1))
+                self._device, self._network, dict.fromkeys(("tensor", "neighbours"), nearest(self._network, tensor, 1))
             )
             seconds = both_passes(traces, machine)
             blocks = [number for number, trace in enumerate(traces) if trace.is_block]
@@ -161,8 +167,17 @@ class LayoutFloors:
                 (traces[number].kept_bytes - traces[number].released_bytes for number in blocks), default=0
             )
             tail_s = sum(seconds[blocks[-1] + 1 :]) if blocks else 0.0
-            self._bodies[key] = _Body(*(one / rows for one in (sum(seconds), least_s, tail_s, kept_bytes)))
+            launches_s = self._launches_s([traces[number] for number in blocks])
+            each = (one / rows for one in (sum(seconds), least_s, tail_s, kept_bytes))
+            self._bodies[key] = _Body(*each, launches_s)
         return self._bodies[key]
+
+    def _launches_s(self, blocks: Sequence[LayerTrace]) -> float:
+        """Return the seconds in which the host starts the kernels of both passes of the block that has fewest."""
+        if self._given.config.mlp_tile_tokens is not None:  # fewer rows have fewer tiles
+            return 0.0
+        fewest = min((num_launches(one.forward) + num_launches(one.backward) for one in blocks), default=0)
+        return fewest * self._device.host_us * US
 
     def _exchanged_s(self, candidate: Candidate) -> float:
         """Return the seconds in which a block waits for tensor, context and expert ranks, for a row."""
@@ -170,14 +185,14 @@ class LayoutFloors:
         seconds = 0.0
         if tensor > 1:
             exchanged = self._exchanged("tensor", candidate.sequence)
-            seconds += self._seconds(exchanged, tensor, self._placement(tensor, 1)) / context
+            seconds += self._seconds(exchanged, tensor, nearest(self._network, tensor, 1)) / context
         if context > 1 and self._heads // tensor % context == 0:
             exchanged = self._exchanged("context", sequence=False)
             fewer = self._axes["context"] / context / tensor
-            seconds += self._seconds(exchanged, context, self._placement(context, tensor)) * fewer
+            seconds += self._seconds(exchanged, context, nearest(self._network, context, tensor)) * fewer
         if expert not in (1, tensor):
             exchanged = self._exchanged("expert", sequence=False)
-            placement = self._placement(expert, 1)
+            placement = nearest(self._network, expert, 1)
             seconds += self._seconds(exchanged, expert, placement) / (tensor * context)
         return seconds
 
@@ -218,69 +233,6 @@ class LayoutFloors:
     @cached_property
     def _known_seconds(self) -> dict[tuple[object, ...], float]:
         return {}
-
-    def _placement(self, ranks: int, stride: int) -> Placement:
-        """Return the placement of ranks at a distance, at its best."""
-        islands = ceil(ranks * stride / self._network.island)
-        return Placement(ranks, islands, max(1, ranks // islands))
-
-    def gradients_s(self, candidate: Candidate, passes_s: float) -> float:
-        """Return the seconds of gradients and weights between the ranks that hold the same part of the model.
-
-        Stages 2 and 3 hide them behind the passes, which take at least `passes_s`: then each second of them costs
-        `CONTENTION` of one, and what is longer than the passes costs all of it.
-        """
-        count, hidden_s, waited_s = self._num_micro_batches(candidate), 0.0, 0.0
-        for number, ranks, placement in self._shared(candidate):
-            reduced = self._shard_s(
-                "reduce_scatter" if candidate.zero_stage == 3 else "all_reduce", number, ranks, placement
-            )
-            if candidate.zero_stage == 3:
-                weights, gathers = self._gathers(candidate, number)
-                hidden_s += count * gathers * self._shard_s("all_gather", weights / gathers, ranks, placement)
-            elif candidate.zero_stage:
-                waited_s += self._shard_s("all_gather", number, ranks, placement)
-            if candidate.zero_stage < 2:
-                waited_s += reduced
-            else:
-                hidden_s += count * reduced
-        return waited_s + hidden_s - (1 - CONTENTION) * min(hidden_s, passes_s)
-
-    def _shared(self, candidate: Candidate) -> Iterator[tuple[float, int, Placement]]:
-        """Yield elements of a rank, those of experts apart, and the ranks that hold the same, with their placement."""
-        stages, expert = self.stages(candidate.pipeline), candidate.expert or candidate.tensor
-        ranks = self._given.machines.world_size // candidate.pipeline
-        dense, experts = (
-            sum(getattr(stage, kind) for stage in stages) for kind in ("trained_dense", "trained_experts")
-        )
-        for number, divided in ((dense, candidate.tensor), (experts, expert)):
-            if number and ranks > divided:
-                yield number / len(stages) / divided, ranks // divided, self._placement(ranks // divided, divided)
-
-    def _shard_s(self, kind: CollectiveKind, number: float, ranks: int, placement: Placement) -> float:
-        """Return the seconds of a collective of weights or gradients."""
-        num_bytes = int(number * self._given.dtype.itemsize)
-        return links.seconds(Collective(kind, "shard", num_bytes, ranks), placement, self._network)
-
-    @cached_property
-    def _zero(self) -> ZeroSettings:
-        return zero_settings(self._given)
-
-    def _gathers(self, candidate: Candidate, number: float) -> tuple[float, float]:
-        """Return the least elements that ZeRO-3 gathers for a micro-batch, and the least number of gathers.
-
-        Weights stay from a forward to a backward pass, or the other way round, within the reuse distance. A gather has
-        the weights of a module, or of those to come until they exceed the bucket.
-
-        Args:
-            candidate: the layout.
-            number: elements of the weights.
-        """
-        again = number - 2 * self._zero.max_reuse_distance if self._zero.hpz == 1 else 0.0
-        gathered = number + max(0.0, again)
-        divided = min(candidate.tensor, candidate.expert or candidate.tensor)
-        most = self._zero.prefetch_bucket_size + self._shares.largest_module / divided
-        return gathered, max(1.0, gathered / most)
 
 
 def both_passes(traces: Sequence[LayerTrace], machine: Machine) -> list[float]:

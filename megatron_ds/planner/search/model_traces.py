@@ -10,6 +10,7 @@ from megatron_ds.models.context import BuildContext
 from megatron_ds.models.sequential import LayerSpec
 from megatron_ds.planner.operations import LayerTrace
 from megatron_ds.planner.trace.layers import trace_layers
+from megatron_ds.planner.trace.operator_results import OperatorResults
 from megatron_ds.planner.trace.setting import TraceSetting
 
 
@@ -26,12 +27,13 @@ class ModelTraces:
 
     def __init__(self, layers: Callable[[BuildContext], list[LayerSpec]], first: TraceSetting) -> None:
         self._layers, self._first = layers, first
+        self._results = OperatorResults()
         self._known: dict[TraceSetting, list[LayerTrace]] = {}
 
     @cached_property
     def first(self) -> list[LayerTrace]:
         """The traces in the first setting."""
-        return trace_layers(self._layers, self._first)
+        return trace_layers(self._layers, self._first, self._results)
 
     @cached_property
     def like(self) -> dict[str, str]:
@@ -43,7 +45,7 @@ class ModelTraces:
         if setting == self._first:
             return self.first
         if setting not in self._known:
-            run = {trace.name: trace for trace in trace_layers(self._distinct, setting)}
+            run = {trace.name: trace for trace in trace_layers(self._distinct, setting, self._results)}
             self._known[setting] = [self._copy(trace, run) for trace in self.first]
         return self._known[setting]
 

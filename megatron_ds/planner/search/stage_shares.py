@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 from megatron_ds.engine.pipeline.partition import partition
 from megatron_ds.models.context import BuildContext
-from megatron_ds.planner.held_parameters import HeldParameter, HeldStage, hold_stage, num_elements
+from megatron_ds.planner.held_parameters import HeldParameter, HeldStage, hold_stage
 from megatron_ds.planner.plan_input import PlanInput
+
+Kinds = tuple[tuple[bool, int], ...]
+"""Kinds of parameters: whether they are of experts, and the number of ranks that divide them."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,33 @@ class StageShares:
         trained = [one for one in own if one.trains]
         return *_by_kind(own), *_by_kind(trained)
 
+    def block_sizes(self, kinds: Kinds) -> Counter[float]:
+        """Return the elements of a rank's parameters of blocks -> number of such parameters.
+
+        Args:
+            kinds: of the parameters: whether they are of experts, and the ranks that divide them.
+        """
+        divided = dict(kinds)
+        found: Counter[float] = Counter()
+        for (of_experts, numel), count in self._block_parameters.items():
+            if of_experts in divided:
+                found[numel / divided[of_experts]] += count
+        return found
+
+    def largest_module(self, kinds: Kinds) -> float:
+        """Return the elements of the parameters of such kinds that one module of a block reads itself, at most."""
+        divided = dict(kinds)
+        found = (
+            sum(one.numel / divided[one.spec.is_of_experts] for one in used if one.spec.is_of_experts in divided)
+            for used in self._stage.used.values()
+            if all(self._specs[one.layer].is_block for one in used)
+        )
+        return max(found, default=0.0)
+
     @cached_property
-    def largest_module(self) -> int:
-        """Elements of the parameters that one module reads itself, at most."""
-        return max(num_elements(used) for used in self._stage.used.values())
+    def _block_parameters(self) -> Counter[tuple[bool, int]]:
+        blocks = (one for one in self._stage.parameters if self._specs[one.layer].is_block)
+        return Counter((one.spec.is_of_experts, one.numel) for one in blocks)
 
     @cached_property
     def _stage(self) -> HeldStage:

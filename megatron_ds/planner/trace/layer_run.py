@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.models.block import Block
 from megatron_ds.models.sequential import Activations, LayerSpec, OutputHead
 from megatron_ds.planner.moments import ModulePass, Moment
 from megatron_ds.planner.operations import LayerTrace
@@ -94,6 +95,15 @@ class LayerRun:
         self._seen: list[_Seen] = []  # of the pass that runs
         if setting.zero_stage == 3:
             watch_modules(layer, self._pass)
+
+    def make_tables(self) -> int:
+        """Make the tables that a block shares with others, and return their bytes."""
+        before = self.recorder.live_bytes
+        if isinstance(self.layer, Block):
+            with self.recorder, torch.no_grad():
+                self.recorder.begin_pass()  # these operations are in no trace
+                self.layer.make_tables(self.activations)
+        return self.recorder.live_bytes - before
 
     def trace(self, spec: LayerSpec) -> Found:
         """Run forward and backward, and return what was seen."""

@@ -20,12 +20,15 @@ from megatron_ds.planner.trace.batch import make_batch, shapes_of
 from megatron_ds.planner.trace.context import recording_context
 from megatron_ds.planner.trace.kernels import torch_attention
 from megatron_ds.planner.trace.layer_run import Found, LayerRun
+from megatron_ds.planner.trace.operator_results import OperatorResults
 from megatron_ds.planner.trace.recorder import Recorder
 from megatron_ds.planner.trace.setting import TraceSetting
 from megatron_ds.planner.trace.signature import signature_of
 
 
-def trace_layers(specs_of: Callable[[BuildContext], list[LayerSpec]], setting: TraceSetting) -> list[LayerTrace]:
+def trace_layers(
+    specs_of: Callable[[BuildContext], list[LayerSpec]], setting: TraceSetting, results: OperatorResults | None = None
+) -> list[LayerTrace]:
     """Return the trace of every layer, in order. Equal layers are traced once.
 
     Does not communicate.
@@ -33,8 +36,9 @@ def trace_layers(specs_of: Callable[[BuildContext], list[LayerSpec]], setting: T
     Args:
         specs_of: builds the layers' specs in a build context, such as `ModelConfig.build_layers`.
         setting: the rank's place, its micro-batch, and options.
+        results: of operators, which many traces share; None = this one has its own.
     """
-    recorder = Recorder()
+    recorder = Recorder(results)
     with recording_context(setting, recorder) as ctx, _without_values(setting):
         return _Tracer(setting, recorder, specs_of(ctx)).trace()
 
@@ -76,9 +80,12 @@ class _Tracer:
             key = signature_of(layer), shapes_of(activations)
             if key not in self._known:
                 run = LayerRun(layer, activations, labels, self.recorder, self.setting, self.device)
+                shared = run.make_tables()
                 found = run.trace(spec)
-                shared = found.trace.shared_bytes
-                self._known[key] = run.trace(spec) if shared else found  # what is shared is made by the first run alone
+                shared += found.trace.shared_bytes
+                if found.trace.shared_bytes:  # what is shared is made by the first run alone
+                    found = run.trace(spec)
+                self._known[key] = found
             else:
                 shared = 0
             found = self._known[key]

@@ -10,6 +10,7 @@ import torch
 
 from megatron_ds.layers.recompute import is_replaying
 from megatron_ds.planner.operations import Attention, Collective, HostCopy, Message, Operation, Product, Work
+from megatron_ds.planner.trace.operator_results import OperatorResults
 from megatron_ds.planner.trace.operators import operations_of
 from megatron_ds.planner.trace.storages import LiveStorages
 
@@ -19,13 +20,17 @@ _ADD_PRODUCT = torch.ops.aten.addmm.dtype_out
 class Recorder(LiveStorages):
     """`LiveStorages` that also lists operations, and when memory changes.
 
+    Args:
+        results: of operators on tensors without values, from other traces too; None = of this one.
+
     Attributes:
         work: all operations since `begin_pass`; `replayed`: those of them that repeat a forward pass.
         changes: changes of memory since `begin_pass`: (storage, bytes).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, results: OperatorResults | None = None) -> None:
         super().__init__()
+        self._results = results or OperatorResults()
         self.work, self.replayed = Work(), Work()
         self.changes: list[tuple[int, int]] = []
         self._num_computed = 0
@@ -80,7 +85,7 @@ class Recorder(LiveStorages):
         """Return the result; torch 2.11 cannot add a product to a sum of another dtype on tensors without values."""
         if func is _ADD_PRODUCT and kwargs["out"].is_meta:
             return kwargs["out"]
-        return super()._call(func, args, kwargs)
+        return self._results.call(func, args, kwargs)
 
     def _change(self, serial: int, num_bytes: int) -> None:
         super()._change(serial, num_bytes)

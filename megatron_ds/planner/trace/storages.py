@@ -67,7 +67,7 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._call(func, args, kwargs or {})
-        given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))} if _may_alias(func) else ()
+        given: set[int] | None = None
         for tensor in tensors_in(result):
             storage = tensor.untyped_storage()
             address = storage._cdata
@@ -75,8 +75,12 @@ class LiveStorages(TorchDispatchMode):
                 serial = self._serials[address]
                 if self._sizes[serial] and self._sizes[serial] != storage.nbytes():
                     self._resize(serial, storage.nbytes())
-            elif address not in given and self._device_type in (None, tensor.device.type):
-                self._begin(storage, address)
+            elif self._device_type in (None, tensor.device.type):
+                if given is None:
+                    found = tensors_in((args, kwargs)) if _may_alias(func) else ()
+                    given = {one.untyped_storage()._cdata for one in found}
+                if address not in given:
+                    self._begin(storage, address)
         return result
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
