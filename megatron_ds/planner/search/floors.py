@@ -8,8 +8,8 @@ are those of the pipeline's real stages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,8 +26,7 @@ from megatron_ds.planner.search.shard_floors import ShardFloors, nearest
 from megatron_ds.planner.search.space import LARGEST_MICRO_BATCH, Candidate
 from megatron_ds.planner.search.stage_shares import StageShare, StageShares
 from megatron_ds.planner.timing import links
-from megatron_ds.planner.timing.pass_time import Machine, num_launches, pass_time
-from megatron_ds.planner.timing.placement import Placement
+from megatron_ds.planner.timing.pass_time import CONTENTION, HOST_COPIES, Machine, num_launches, pass_time
 from megatron_ds.planner.trace.setting import TraceSetting
 
 CERTAIN_S = 0.97
@@ -38,26 +37,31 @@ ENOUGH_ROWS = 256
 
 @dataclass(frozen=True)
 class _Body:
-    """A model with settings of activations, for a row: seconds of both passes, of a block and behind the blocks too.
+    """Layers with settings of activations, and the seconds that they compute for a row, or copy to the host.
 
     Attributes:
-        model_s: of all layers.
-        block_s: of the fastest block.
-        tail_s: of the layers behind the last block.
+        passes_s: of the forward and the backward pass of the fastest block.
+        blocks_s: of all blocks.
+        others_s: of all other layers, with what they wait for.
+        tail_s: of those behind the last block.
         kept_bytes: of the block that keeps least.
-        launches_s: in which the host starts the kernels of the block that has fewest, for any number of rows.
+        launches_s: in which the host starts the kernels of both passes of a block, for any number of rows.
     """
 
-    model_s: float
-    block_s: float
+    passes_s: tuple[float, float]
+    blocks_s: float
+    others_s: float
     tail_s: float
     kept_bytes: float
-    launches_s: float
+    launches_s: tuple[float, float]
 
-    def divided(self, ranks: int) -> _Body:
-        """Return the share of one of several ranks, each of which starts all kernels."""
-        parts = (getattr(self, one.name) / ranks for one in fields(self))
-        return replace(_Body(*parts), launches_s=self.launches_s)
+    def block_s(self, ranks: int, rows: int) -> float:
+        """Return the seconds of both passes of a block for one row of several, divided over ranks."""
+        return sum(max(one / ranks, started / rows) for one, started in zip(self.passes_s, self.launches_s))
+
+
+_Exchange = tuple[Collective, int]
+"""A collective, and how often it happens."""
 
 
 class LayoutFloors:
@@ -79,26 +83,25 @@ class LayoutFloors:
 
     def __call__(self, candidate: Candidate) -> Estimate:
         """Return the bound by the passes of one rank, divided by the ranks."""
-        body = self._body(candidate, of_tensor=False).divided(candidate.tensor)
-        return self._bound(candidate, body, self._exchanged_s(candidate))
+        return self._bound(candidate, self._body(candidate, of_tensor=False), candidate.tensor * candidate.context)
 
     def of_tensor(self, candidate: Candidate) -> Estimate:
         """Return the bound by the passes of one of the tensor ranks, divided by the context ranks."""
-        exchanged_s = self._exchanged_s(candidate) - self._exchanged_s(replace(candidate, context=1, expert=None))
-        return self._bound(candidate, self._body(candidate, of_tensor=True), max(0.0, exchanged_s))
+        return self._bound(candidate, self._body(candidate, of_tensor=True), candidate.context)
 
-    def _bound(self, candidate: Candidate, body: _Body, exchanged_s: float) -> Estimate:
-        rows, share = candidate.micro_batch_size, body.divided(candidate.context)
+    def _bound(self, candidate: Candidate, body: _Body, ranks: int) -> Estimate:
+        """Return the bound by passes that are divided over some ranks."""
+        rows, exchanged_s = candidate.micro_batch_size, self._exchanged_s(candidate)
         stages, count = self.stages(candidate.pipeline), self._num_micro_batches(candidate)
         num_blocks = sum(stage.num_blocks for stage in stages)
-        block_s = max(share.block_s, share.launches_s / rows) + exchanged_s
-        model_s = max(share.model_s + num_blocks * exchanged_s, num_blocks * block_s)
-        average_s = count * model_s / len(stages)
+        block_s = body.block_s(ranks, rows) + exchanged_s
+        blocks_s = max(body.blocks_s / ranks + num_blocks * exchanged_s, num_blocks * block_s)
+        average_s = count * (blocks_s + body.others_s / ranks) / len(stages)
         ends_s = (count * stage.num_blocks + stage.blocks_before for stage in stages)
         last = stages[-1]
-        last_s = (count * last.num_blocks + last.blocks_before) * block_s + count * share.tail_s
+        last_s = (count * last.num_blocks + last.blocks_before) * block_s + count * body.tail_s / ranks
         passes_s = rows * max(block_s * max(ends_s), last_s, average_s)
-        activations = [rows * share.kept_bytes * stage.num_blocks * stage.in_flight(count) for stage in stages]
+        activations = [rows * body.kept_bytes / ranks * stage.num_blocks * stage.in_flight(count) for stage in stages]
         device, host = self.memory(candidate, activations, count)
         return Estimate(CERTAIN_S * (passes_s + self.shards(candidate, passes_s)), device, host)
 
@@ -156,53 +159,64 @@ class LayoutFloors:
             setting = replace(
                 self._alone, tensor=tensor, sequence=sequence, expert=expert, micro_batch_size=rows, **kept
             )
-            traces = self._traces.of(setting)
-            machine = Machine(
-                self._device, self._network, dict.fromkeys(("tensor", "neighbours"), nearest(self._network, tensor, 1))
-            )
-            seconds = both_passes(traces, machine)
-            blocks = [number for number, trace in enumerate(traces) if trace.is_block]
-            least_s = min((seconds[number] for number in blocks), default=0.0)
-            kept_bytes = min(
-                (traces[number].kept_bytes - traces[number].released_bytes for number in blocks), default=0
-            )
-            tail_s = sum(seconds[blocks[-1] + 1 :]) if blocks else 0.0
-            launches_s = self._launches_s([traces[number] for number in blocks])
-            each = (one / rows for one in (sum(seconds), least_s, tail_s, kept_bytes))
-            self._bodies[key] = _Body(*each, launches_s)
+            self._bodies[key] = self._body_of(self._traces.of(setting), tensor, rows)
         return self._bodies[key]
 
-    def _launches_s(self, blocks: Sequence[LayerTrace]) -> float:
-        """Return the seconds in which the host starts the kernels of both passes of the block that has fewest."""
+    def _body_of(self, traces: Sequence[LayerTrace], tensor: int, rows: int) -> _Body:
+        placed = dict.fromkeys(("tensor", "neighbours"), nearest(self._network, tensor, 1))
+        machine = Machine(self._device, self._network, placed)
+        blocks = [number for number, trace in enumerate(traces) if trace.is_block]
+        behind = blocks[-1] + 1 if blocks else len(traces)
+        others = [number for number, trace in enumerate(traces) if not trace.is_block]
+        seconds = dict(zip(others, both_passes([traces[number] for number in others], machine)))
+        known = {traces[number].like: traces[number] for number in blocks}
+        busy_s = {like: self._busy_s(one, machine) for like, one in known.items()}
+        return _Body(
+            passes_s=_least(busy_s.values(), 1 / rows),
+            blocks_s=sum(sum(busy_s[traces[number].like]) for number in blocks) / rows,
+            others_s=sum(seconds.values()) / rows,
+            tail_s=sum(one for number, one in seconds.items() if number >= behind) / rows,
+            kept_bytes=min((one.kept_bytes - one.released_bytes for one in known.values()), default=0) / rows,
+            launches_s=self._launches_s(known.values()),
+        )
+
+    def _busy_s(self, block: LayerTrace, machine: Machine) -> tuple[float, float]:
+        """Return the seconds in which each pass computes, or copies to the host."""
+        forward, backward = (pass_time(work, machine) for work in (block.forward, block.backward))
+        forward_s, backward_s = (one.compute_s + one.exposed_s.get(HOST_COPIES, 0.0) for one in (forward, backward))
+        return forward_s, backward_s
+
+    def _launches_s(self, blocks: Iterable[LayerTrace]) -> tuple[float, float]:
+        """Return the seconds in which the host starts the kernels of each pass of the block that has fewest."""
         if self._given.config.mlp_tile_tokens is not None:  # fewer rows have fewer tiles
-            return 0.0
-        fewest = min((num_launches(one.forward) + num_launches(one.backward) for one in blocks), default=0)
-        return fewest * self._device.host_us * US
+            return 0.0, 0.0
+        counts = ((num_launches(one.forward), num_launches(one.backward)) for one in blocks)
+        return _least(counts, self._device.host_us * US)
 
     def _exchanged_s(self, candidate: Candidate) -> float:
         """Return the seconds in which a block waits for tensor, context and expert ranks, for a row."""
         tensor, context, expert = candidate.tensor, candidate.context, candidate.expert or 1
-        seconds = 0.0
+        rows, seconds = candidate.micro_batch_size, 0.0
         if tensor > 1:
-            exchanged = self._exchanged("tensor", candidate.sequence)
-            seconds += self._seconds(exchanged, tensor, nearest(self._network, tensor, 1)) / context
+            divides_experts = self._num_experts > 0 and candidate.expert in (None, tensor)
+            exchanged = self._exchanged("experts over tensor" if divides_experts else "tensor", candidate.sequence)
+            seconds += self._seconds(exchanged, tensor, 1, rows / context)
         if context > 1 and self._heads // tensor % context == 0:
             exchanged = self._exchanged("context", sequence=False)
-            fewer = self._axes["context"] / context / tensor
-            seconds += self._seconds(exchanged, context, nearest(self._network, context, tensor)) * fewer
+            seconds += self._seconds(exchanged, context, tensor, rows / tensor)
         if expert not in (1, tensor):
             exchanged = self._exchanged("expert", sequence=False)
-            placement = nearest(self._network, expert, 1)
-            seconds += self._seconds(exchanged, expert, placement) / (tensor * context)
-        return seconds
+            seconds += self._seconds(exchanged, expert, 1, rows / (tensor * context))
+        return seconds / rows
 
-    def _exchanged(self, axis: str, sequence: bool) -> tuple[Collective, ...]:
-        """Return what a block exchanges on the least number of ranks of an axis, for a row; what hides is left out."""
+    def _exchanged(self, axis: str, sequence: bool) -> tuple[_Exchange, ...]:
+        """Return what a block exchanges on the least number of ranks of an axis, for a row."""
         key = (axis, sequence)
         if key not in self._known_exchanges:
-            ranks = self._axes[axis]
+            ranks = self._axes[axis.split()[-1]]
             settings: dict[str, dict[str, Any]] = {
                 "tensor": {"tensor": ranks, "sequence": sequence, "expert": 1 if self._num_experts else None},
+                "experts over tensor": {"tensor": ranks, "sequence": sequence},
                 "expert": {"expert": ranks},
                 "context": {"context": ContextPlan(ulysses=ranks)},
             }
@@ -210,29 +224,45 @@ class LayoutFloors:
             blocks = [trace for trace in traces if trace.is_block]
             least = min(blocks, key=lambda trace: sum(trace.forward.sent_bytes.values()))
             self._known_exchanges[key] = tuple(
-                one
-                for work in (least.forward, least.backward)
-                for one in work.elements()
-                if isinstance(one, Collective) and not one.hidden
+                (one, count) for one, count in (least.forward + least.backward).items() if isinstance(one, Collective)
             )
         return self._known_exchanges[key]
 
     @cached_property
-    def _known_exchanges(self) -> dict[tuple[str, bool], tuple[Collective, ...]]:
+    def _known_exchanges(self) -> dict[tuple[str, bool], tuple[_Exchange, ...]]:
         return {}
 
-    def _seconds(self, exchanged: Sequence[Collective], ranks: int, placement: Placement) -> float:
-        """Return the seconds of collectives of one row among other ranks, as parts of those of the largest batch."""
-        key = (exchanged, ranks, placement)
+    def _seconds(self, exchanged: Sequence[_Exchange], ranks: int, stride: int, rows: float) -> float:
+        """Return the seconds of collectives among other ranks; of hidden ones those by which they slow the passes.
+
+        Args:
+            exchanged: by the least number of ranks, for a row.
+            ranks, stride: number and distance of the ranks.
+            rows: that are exchanged, or a part of one.
+        """
+        key = (exchanged, ranks, stride, rows)
         if key not in self._known_seconds:
-            rows = LARGEST_MICRO_BATCH
-            many = (replace(one, ranks=ranks, num_bytes=one.num_bytes * rows) for one in exchanged)
-            self._known_seconds[key] = sum(links.seconds(one, placement, self._network) for one in many) / rows
+            placement, found = nearest(self._network, ranks, stride), 0.0
+            for one, count in exchanged:
+                divided = ranks / one.ranks if one.kind == "all_to_all" and one.axis != "expert" else 1
+                scaled = replace(one, ranks=ranks, num_bytes=int(one.num_bytes * rows / divided))
+                share = CONTENTION if one.hidden else 1.0
+                found += share * count * links.seconds(scaled, placement, self._network)
+            self._known_seconds[key] = found
         return self._known_seconds[key]
 
     @cached_property
     def _known_seconds(self) -> dict[tuple[object, ...], float]:
         return {}
+
+
+def _least(passes: Iterable[tuple[float, float]], factor: float) -> tuple[float, float]:
+    """Return the least of all forward and of all backward passes, times a factor; 0 of none."""
+    each = list(passes)
+    return (
+        factor * min((forward for forward, _ in each), default=0.0),
+        factor * min((backward for _, backward in each), default=0.0),
+    )
 
 
 def both_passes(traces: Sequence[LayerTrace], machine: Machine) -> list[float]:
