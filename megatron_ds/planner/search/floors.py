@@ -139,7 +139,7 @@ class LayoutFloors:
         """Rows of which the experts of a rank get tokens, at most, or so many that more would change nothing."""
         return min(ENOUGH_ROWS, LARGEST_MICRO_BATCH * max(1, self._num_experts))
 
-    @property
+    @cached_property
     def _num_experts(self) -> int:
         return self._given.core.shape().num_experts
 

@@ -44,9 +44,13 @@ class MemoryFloors:
     def _num_axes(self, candidate: Candidate) -> int:
         data = self._given.machines.world_size // candidate.model_ranks
         sizes = [data, candidate.tensor, candidate.pipeline, candidate.context]
-        if self._given.core.shape().num_experts:
+        if self._has_experts:
             sizes.append(candidate.expert or candidate.tensor)
         return sum(size > 1 for size in sizes)
+
+    @cached_property
+    def _has_experts(self) -> bool:
+        return self._given.core.shape().num_experts > 0
 
     def _keeps_gradients(self, candidate: Candidate) -> bool:
         """Return whether gradients have memory also before a step's first backward pass."""

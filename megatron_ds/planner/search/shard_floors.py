@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,7 @@ class ShardFloors:
 
     def __init__(self, given: PlanInput, shares: StageShares, network: Network) -> None:
         self._given, self._shares, self._network = given, shares, network
+        self._weights: dict[Kinds, tuple[Counter[float], float]] = {}
 
     def __call__(self, candidate: Candidate, passes_s: float) -> float:
         """Return the seconds of gradients and weights in a step.
@@ -99,10 +101,12 @@ class ShardFloors:
         gather has the weights of a module, or of those to come until they exceed the bucket. Other weights are few:
         they count as one gather.
         """
-        sizes = self._shares.block_sizes(part.kinds)
+        if part.kinds not in self._weights:
+            self._weights[part.kinds] = self._shares.block_sizes(part.kinds), self._shares.largest_module(part.kinds)
+        sizes, largest_module = self._weights[part.kinds]
         weights = sum(count * size for size, count in sizes.items() if size > self._zero.param_persistence_threshold)
         gathered = self._with_repeated(weights)
-        most = max(self._shares.largest_module(part.kinds), self._zero.prefetch_bucket_size + max(sizes, default=0.0))
+        most = max(largest_module, self._zero.prefetch_bucket_size + max(sizes, default=0.0))
         gathers = max(1.0, gathered / most)
         others = max(0.0, part.trained - sum(count * size for size, count in sizes.items()))
         return gathers * self._seconds("all_gather", gathered / gathers, part) + self._seconds(

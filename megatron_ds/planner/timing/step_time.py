@@ -167,11 +167,11 @@ class _StageTime:
 
 
 class _Passes:
-    """Times of layers; equal layers share a trace, which is timed once."""
+    """Times of layers; equal layers share their passes, which are timed once."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self._known: dict[int, _StageTime] = {}
+        self._known: dict[tuple[int, ...], _StageTime] = {}
 
     def of_stage(self, stage: StageWork) -> _StageTime:
         layers = [self._of_layer(layer) for layer in stage.layers]
@@ -179,10 +179,11 @@ class _Passes:
         return _StageTime(_total(one.forward for one in layers), backward, _total(one.recompute for one in layers))
 
     def _of_layer(self, layer: LayerTrace) -> _StageTime:
-        if id(layer) not in self._known:
-            each = layer.forward, layer.backward, layer.recompute
-            self._known[id(layer)] = _StageTime(*(pass_time(work, self.machine) for work in each))
-        return self._known[id(layer)]
+        each = layer.forward, layer.backward, layer.recompute
+        key = tuple(map(id, each))
+        if key not in self._known:
+            self._known[key] = _StageTime(*(pass_time(work, self.machine) for work in each))
+        return self._known[key]
 
 
 def _slowest_end(step: StepWork, stages: Sequence[_StageTime], machine: Machine) -> tuple[PassTime, float]:

@@ -17,7 +17,7 @@ from megatron_ds.planner.memory.stage import plan_memory
 from megatron_ds.planner.plan import make_plan
 from megatron_ds.planner.search.branch_and_bound import Estimate, Limits, search_layouts
 from megatron_ds.planner.search.find_layouts import PlannedEstimators, SearchInput
-from megatron_ds.planner.search.space import EVERYTHING, Candidate, Space
+from megatron_ds.planner.search.space import EVERYTHING, LAYOUT, Candidate, Space
 from megatron_ds.planner.trace.layers import trace_layers
 from tests.planner.search.test_published_searches import searched
 from tests.planner.search.test_search import refusal
@@ -35,6 +35,15 @@ EXPERTS = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "mlp_only_layers": [0, 1],
+}
+MANY_EXPERTS = {
+    **EXPERTS,
+    "hidden_size": 2048,
+    "moe_intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "mlp_only_layers": [],
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
 }
 
 
@@ -84,6 +93,7 @@ FEW_WEIGHTS = {"stage3_prefetch_bucket_size": 200_000, "stage3_max_reuse_distanc
 CASES = [
     Case("dense", DENSE, batch=2, ranks=4, varies=SOME, length=2048, zero=FEW_WEIGHTS),
     Case("experts", EXPERTS, batch=4, ranks=4, varies=FEW, length=1024),
+    Case("experts on many rows", MANY_EXPERTS, batch=64, ranks=4, varies=LAYOUT | {"micro_batch_size"}, length=1024),
     *(
         pytest.param(one, marks=pytest.mark.sweep)
         for one in (

@@ -15,7 +15,7 @@ from megatron_ds.layers.recompute import is_replaying
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.context import index_of_runs
-from megatron_ds.planner.operations import Collective, HostCopy, LayerTrace, Product, Work
+from megatron_ds.planner.operations import Collective, HostCopy, LayerTrace, Product, Stream, Work
 from megatron_ds.planner.trace import TraceSetting, trace_layers
 from tests.parity.reference import ALL_CONFIGS
 from tests.ranks import run_alone
@@ -86,9 +86,14 @@ def test_offloaded_inputs_are_on_the_host() -> None:
 
 
 def test_what_is_shared_counts_at_its_first_layer() -> None:
-    blocks = [one for one in traced("llama") if one.is_block]
+    """And the operations that make it are in no trace."""
+    traces = traced("llama")
+    blocks = [one for one in traces if one.is_block]
     angles = 2 * SETTING.seq_length * 4 * 2  # cos and sin of 4 dims in bf16
     assert [one.shared_bytes for one in blocks] == [angles, 0, 0, 0]
+    assert not [
+        one for one in total(traces) if isinstance(one, Stream) and one.name in ("cos", "sin", "outer", "arange")
+    ]
 
 
 def test_all_gathers_are_hidden_behind_products() -> None:
