@@ -5,7 +5,7 @@ ZeRO's buckets, shards and buffers follow from their sizes, their order, and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,15 @@ class HeldParameter:
     numel: int
     trains: bool
     apart: bool
+
+    def is_added_in_products(self, compiled: Collection[int]) -> bool:
+        """Return whether products can add its gradient to a sum in fp32, as those of matrices do.
+
+        Args:
+            compiled: see `compiled_layers`.
+        """
+        is_compiled = self.layer in compiled and not self.spec.is_of_experts
+        return len(self.spec.shape) >= 2 and not is_compiled
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,13 @@ def build_context(given: PlanInput) -> BuildContext:
     context = ContextParallel(_axis(plan.size), _axis(plan.ulysses), _axis(plan.ring), plan.method, plan.zigzag)
     tp = TensorParallel(_axis(tensor), given.config.parallel.sequence, context=context)
     return BuildContext(tp, experts=ExpertParallel(_axis(expert), tp))
+
+
+def compiled_layers(given: PlanInput) -> frozenset[int]:
+    """Return the indices of the layers whose products are in graphs of torch.compile, but for those of experts."""
+    if not given.config.compile or given.layout.tensor > 1:
+        return frozenset()
+    return frozenset(index for index, spec in enumerate(given.layers(build_context(given))) if spec.is_block)
 
 
 def hold_stage(given: PlanInput, stage: int) -> HeldStage:

@@ -36,8 +36,7 @@ class EngineSetting:
         pipelined: there are several pipeline stages.
         averages_weights: an average of the weights is kept.
         adds_in_products: products add gradients of matrices to fp32 sums; see `engine.gradient_sums`.
-        compiled_layers: indices of layers of which a compiler has the products, which add to no sums; experts are not
-            compiled.
+        compiled_layers: see `held_parameters.compiled_layers`.
         num_micro_batches: of a step.
         state_bytes: of each parameter group, what the optimizer keeps of an element.
         factor_bytes: name of a parameter -> what the optimizer keeps besides, on every rank with some of its elements.
@@ -206,8 +205,7 @@ class Bf16Engine(EngineMemory):
 
     def _is_added_in_products(self, one: HeldParameter) -> bool:
         """Return whether autograd has no gradient of a parameter."""
-        is_compiled = one.layer in self.setting.compiled_layers and not one.spec.is_of_experts
-        return self.setting.adds_in_products and len(one.spec.shape) >= 2 and not is_compiled
+        return self.setting.adds_in_products and one.is_added_in_products(self.setting.compiled_layers)
 
     def gradient(self, parameter: HeldParameter) -> None:
         """Let autograd add it to the parameter's bf16 gradient."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_ds.models.sequential import LayerSpec
-from megatron_ds.planner.held_parameters import HeldStage, build_context, hold_stage
+from megatron_ds.planner.held_parameters import HeldStage, build_context, compiled_layers, hold_stage
 from megatron_ds.planner.memory.engine import (
     AVERAGE,
     MASTERS,
@@ -136,19 +136,12 @@ def engine_setting(given: PlanInput, held: HeldStage) -> EngineSetting:
         pipelined=layout.pipeline > 1,
         averages_weights=given.config.ema is not None,
         adds_in_products=given.machines.device_type == "cuda" and zero.bf16_sums,
-        compiled_layers=_compiled_layers(given),
+        compiled_layers=compiled_layers(given),
         num_micro_batches=given.num_micro_batches,
         state_bytes=state_bytes_of(given, held),
         factor_bytes=factor_bytes_of(given, held),
         update_bytes=update_bytes_of(given, held, zero),
     )
-
-
-def _compiled_layers(given: PlanInput) -> frozenset[int]:
-    """Return the layers whose products are in graphs of torch.compile."""
-    if not given.config.compile or given.layout.tensor > 1:
-        return frozenset()
-    return frozenset(index for index, spec in enumerate(given.layers(build_context(given))) if spec.is_block)
 
 
 def make_engine(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from megatron_ds.planner.held_parameters import HeldStage, hold_stage
+from megatron_ds.planner.held_parameters import (
+    HeldParameter,
+    HeldStage,
+    compiled_layers,
+    hold_stage,
+    num_elements,
+)
 from megatron_ds.planner.operations import Collective, HostCopy, LayerTrace, Message, Operation, Stream, Work
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles.device import Device
@@ -51,11 +57,11 @@ def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, H
     known = dict(held or {})
     for stage in {0, last // 2, last} - set(known):  # others are like the one in the middle
         known[stage] = hold_stage(given, stage)
-    stages = []
+    stages, compiled = [], compiled_layers(given)
     for stage, (first, end) in enumerate(pairwise(bounds)):
         sends = Work({Message("pipeline", traces[end - 1].output_bytes): 1}) if stage < last else Work()
-        number = sum(one.numel for one in known.get(stage, known[last // 2]).trained)
-        stages.append(StageWork(traces[first:end], _gradients(given, zero, number), sends))
+        trained = known.get(stage, known[last // 2]).trained
+        stages.append(StageWork(traces[first:end], _gradients(given, zero, trained, compiled), sends))
     ends = {stage: _end(given, zero, one, traces) for stage, one in sorted(known.items())}
     return StepWork(
         stages,
@@ -71,10 +77,19 @@ def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, H
     )
 
 
-def _gradients(given: PlanInput, zero: ZeroSettings, number: int) -> Work:
-    """Return what a micro-batch does with the gradients of a stage after their products: additions, or copies."""
+def _gradients(
+    given: PlanInput, zero: ZeroSettings, trained: Sequence[HeldParameter], compiled: Collection[int]
+) -> Work:
+    """Return what a micro-batch does with the gradients of a stage after their products: additions, or copies.
+
+    On a GPU products add them up. Those of compiled layers do not: their gradients are cast, and the copies added.
+    """
+    number = num_elements(trained)
     if zero.bf16_sums and given.machines.device_type == "cuda":
-        return Work()  # products add them up
+        apart = [one for one in trained if not one.is_added_in_products(compiled)]
+        added = num_elements(apart)
+        cast = Stream(added * (zero.element_bytes + FP32), launches=len(apart))
+        return Work({cast: 1, Stream(3 * added * FP32, len(apart), "add_"): 1}) if apart else Work()
     if given.num_micro_batches == 1 and zero.stage < 2 and not zero.bf16_sums:
         return Work()
     sums = FP32 if zero.bf16_sums else zero.element_bytes

@@ -108,8 +108,8 @@ def _storage_bytes(tensor: Tensor) -> int:
 
 def _described(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Result | None:
     """Return how to make the result of a call again; None = it must be called."""
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-    for key, value in given.items():
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in given:
         if result is value and isinstance(result, Tensor):
             return _Given(key)
     every = list(tensors_in(given))

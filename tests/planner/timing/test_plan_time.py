@@ -125,7 +125,12 @@ def test_an_optimizer_of_one_moment_moves_fewer_bytes() -> None:
 
 def test_gradients_are_added_apart_where_no_product_adds_them() -> None:
     traces = trace_layers(run().layers, run().trace_setting())
-    assert not step_of(run(), traces).stages[0].gradients
+    of_norms, of_compiled = (
+        sum(one.num_bytes for one in step_of(given, traces).stages[0].gradients if isinstance(one, Stream))
+        for given in (run(), run(compile=True))
+    )
+    assert 0 < of_norms < 1e-3 * PARAMS
+    assert 0.5 * PARAMS < of_compiled / 18 < PARAMS, "those of the embedding and of the head are added in products"
     (one,) = step_of(run(zero=2), traces).stages[0].gradients
     assert isinstance(one, Stream) and one.num_bytes == pytest.approx(6 * PARAMS, rel=0.001)
 
