@@ -150,7 +150,12 @@ class HostCopy:
     hidden: bool = True
 
 
-Operation = Product | Attention | Stream | Collective | Message | HostCopy
+@dataclass(frozen=True)
+class ModuleHooks:
+    """DeepSpeed's hooks of one pass of a module at ZeRO-3, which run on the host: they fetch and release weights."""
+
+
+Operation = Product | Attention | Stream | Collective | Message | HostCopy | ModuleHooks
 
 
 class Work(Counter[Operation]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product as combinations
@@ -19,7 +19,7 @@ from megatron_ds.engine import device_count, device_type, preload, start_distrib
 from megatron_ds.errors import ConfigError
 from megatron_ds.parallel.grid import Layout, create_grid
 from megatron_ds.parallel.launch import RankInfo, run_local
-from megatron_ds.planner.calibration import measure_collectives, measure_operations
+from megatron_ds.planner.calibration import measure_collectives, measure_host, measure_operations
 from megatron_ds.planner.operations import Attention, Collective, CollectiveKind, Message, Product, Stream
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.from_measurements import Facts, build_device
@@ -86,7 +86,7 @@ def _attention_sizes(dtype: str, device: str) -> list[Attention]:
     if dtype == "float32":
         causal = [(64, 32), (128, 32), (256, 32), (512, 8), (512, 32), (1024, 8), (2048, 2)]
         full = [(128, 32), (512, 32), (1024, 2)]
-        return _attention_of(dtype, causal, full, (32, 64, 128)) + _attention_of(dtype, [(8192, 2)], [], (64,))
+        return _attention_of(dtype, causal, full, (32, 64, 128)) + _attention_of(dtype, [(4096, 2)], [], (64,))
     return _attention_of(dtype, [(64, 8), (256, 8)], [], (64, 128))
 
 
@@ -148,9 +148,10 @@ def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None, b
     found = run_local(measure, ranks, TIMEOUT_S)
     times_s = [statistics.median(column) for column in zip(*(one.times_s for one in found))]
     operations = _operations(sizes)
+    first, timed = found[0], list(zip(operations, times_s))
     steady = statistics.median(one.steady for one in found)
-    timed = list(zip(operations, times_s))
-    return build_device(name, found[0].facts, timed, found[0].communication, found[0].skew, steady)
+    device = build_device(name, first.facts, timed, first.communication, first.skew, steady)
+    return measure_host.with_host_times(device, first.blocks_s, ranks) if first.blocks_s else device
 
 
 def write_profile(device: Device, path: Path) -> None:
@@ -169,6 +170,7 @@ class _Found:
     communication: list[MeasuredTime]
     skew: float
     steady: float
+    blocks_s: Mapping[int, float]
 
 
 def _measure(info: RankInfo, sizes: Sizes, threads: int, budget_s: float) -> _Found:
@@ -181,14 +183,16 @@ def _measure(info: RankInfo, sizes: Sizes, threads: int, budget_s: float) -> _Fo
             collectives(sizes.buffers, world.size, device.type), world, device
         )
     if info.world_size > 1 and device.type == "cpu":
-        compute = measure_operations.prepare(max(sizes.products, key=_by_size_in_fp32), device)[0]
+        usual = [one for one in sizes.products if (one.m, one.n, one.k) not in LARGE_PRODUCTS]
+        compute = measure_operations.prepare(max(usual, key=_by_size_in_fp32), device)[0]
         skew = measure_collectives.measure_skew(world, device, compute)
     times_s = measure_operations.measure(_operations(sizes), device, budget_s=budget_s)
     steady = 1.0
     if device.type == "cuda":
         largest = max((one for one in sizes.products if one.dtype == "bfloat16"), key=lambda one: one.flops)
         steady = measure_operations.steady_speed(largest, device, sizes.steady_s)
-    return _Found(_facts(device, info.world_size, threads), times_s, communication, skew, steady)
+    blocks_s = measure_host.measure_blocks(info, device) if device.type == "cpu" else {}
+    return _Found(_facts(device, info.world_size, threads), times_s, communication, skew, steady, blocks_s)
 
 
 def _by_size_in_fp32(product: Product) -> tuple[bool, int]:

@@ -131,7 +131,10 @@ class Device(Section):
         tflops: peaks of dtypes that it does not know, by torch's name without `torch.`, and `tf32`.
         memory_gib: memory that torch reports.
         memory_gb_s: 10^9 bytes per second of the memory.
-        host_us: time of the host to start one eager operation.
+        host_us: time of the host to start one eager operation, autograd and Python included. A CPU is its own host, and
+            computes nothing meanwhile.
+        hook_us: time of the host for DeepSpeed's hooks of one pass of a module at ZeRO-3, which fetch and release its
+            weights.
         host_gb_s: 10^9 bytes per second of a copy between the device and pinned memory of its host, in each direction.
         steady: speed of products in 16 and 8 bits after seconds without a pause, relative to that of their measured
             times, which are of bursts: the limit of power lowers the clock.
@@ -152,6 +155,7 @@ class Device(Section):
     memory_gib: Positive
     memory_gb_s: Positive
     host_us: NotNegative = 0.0
+    hook_us: NotNegative = 0.0
     host_gb_s: Positive = 20.0
     steady: Share = 1.0
     skew: NotNegative = 0.0

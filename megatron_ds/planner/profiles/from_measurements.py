@@ -78,7 +78,7 @@ def build_device(
     link, network = _usual_links(facts, alike)
     not_measured: dict[str, Any] = {}
     if alike is not None:
-        not_measured = {field: getattr(alike, field) for field in ("host_us", "host_gb_s", "island")}
+        not_measured = {field: getattr(alike, field) for field in ("host_us", "hook_us", "host_gb_s", "island")}
     return Device(
         name=name,
         source=f"Measured on {datetime.date.today()}: {facts.ranks} ranks at the same time, {_whose(facts)}",

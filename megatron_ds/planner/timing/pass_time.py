@@ -3,6 +3,8 @@
 Communication that runs while the device computes is not free: its kernels take cores and memory bandwidth from the
 products. In the tables of Korthikanti et al. 2022 (table 4), the backward pass of a layer is about half the time of its
 hidden all-reduces longer than without them. Where the device computes too little to hide them, it waits for the rest.
+A CPU hides nothing: it is its own host, which starts every operation before it computes it, and what it sends takes its
+cores as long as they send.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_ds.planner.operations import Attention, Collective, HostCopy, Product, Stream, Work
+from megatron_ds.planner.operations import Attention, Collective, HostCopy, ModuleHooks, Product, Stream, Work
 from megatron_ds.planner.profiles.device import Device
-from megatron_ds.planner.profiles.link import GB
+from megatron_ds.planner.profiles.link import GB, US
 from megatron_ds.planner.profiles.network import Network
 from megatron_ds.planner.timing.links import communication_seconds
 from megatron_ds.planner.timing.placement import Placement
@@ -80,7 +82,9 @@ def pass_time(work: Work, machine: Machine, hidden_by_s: float = 0.0) -> PassTim
         machine: that it runs on.
         hidden_by_s: further seconds of computation, outside this work, that hide communication.
     """
-    compute_s = max(compute_seconds(work, machine), num_launches(work) * machine.device.host_us * 1e-6)
+    compute_s, host_s = compute_seconds(work, machine), host_seconds(work, machine.device)
+    on_host = machine.device.type == "cpu"
+    compute_s = compute_s + host_s if on_host else max(compute_s, host_s)
     exposed: dict[str, float] = {}
     hidden: dict[str, float] = {}
     for (axis, is_hidden), value in communication_seconds(work, machine.placements, machine.network).items():
@@ -88,7 +92,7 @@ def pass_time(work: Work, machine: Machine, hidden_by_s: float = 0.0) -> PassTim
     hideable_s = compute_s + hidden_by_s
     for axis, value in hidden.items():
         behind = min(value, hideable_s)
-        exposed[axis] = exposed.get(axis, 0.0) + value - behind + CONTENTION * behind
+        exposed[axis] = exposed.get(axis, 0.0) + value - behind + (1.0 if on_host else CONTENTION) * behind
         hideable_s -= behind
     copied_s, copied_behind_s = (_copy_seconds(work, machine.device, hidden) for hidden in (False, True))
     waited_s = copied_s + max(0.0, copied_behind_s - compute_s - hidden_by_s)
@@ -125,6 +129,12 @@ def compute_seconds(work: Work, machine: Machine) -> float:
             speed = machine.attention_speed[one.backward]
             found += (1 / speed - 1) * count * seconds(one, machine.device)
     return found
+
+
+def host_seconds(work: Work, device: Device) -> float:
+    """Return the seconds in which the host starts the kernels of some work, and runs hooks of modules."""
+    hooks = sum(count for one, count in work.items() if isinstance(one, ModuleHooks))
+    return (num_launches(work) * device.host_us + hooks * device.hook_us) * US
 
 
 def num_launches(work: Work) -> int:
