@@ -102,6 +102,7 @@ def _end(given: PlanInput, zero: ZeroSettings, held: HeldStage, traces: Sequence
     if zero.stage >= 2:
         hiding = given.num_micro_batches
     update, host_s = _update(given, zero, held)
+    update += _copies(given, zero, held) + _joined_weights(traffic.weights if zero.stage == 3 else Work())
     return EndWork(hidden + traffic.norms + traffic.losses, hiding, update, host_s)
 
 
@@ -147,6 +148,44 @@ def _update(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> tuple[Work
         else:
             streams[Stream(part * (2 * FP32 + 2 * state + FP32 + weight), name=section.name if section else "")] += 1
     return streams, host_s
+
+
+def _copies(given: PlanInput, zero: ZeroSettings, held: HeldStage) -> Work:
+    """Return what DeepSpeed 0.19.8 does in memory at ZeRO-1 to 3 besides the optimizer, in a step.
+
+    Gradients are copied into a bucket and divided by the number of ranks; stage 3 joins them by the rank that they go
+    to. A rank's part of them is joined into one tensor and scaled, and its updated weights are copied. Where products
+    add gradients to fp32 sums there are no buckets.
+    """
+    found = Work()
+    if not zero.stage or zero.offloads_optimizer:
+        return found
+    buckets = 0 if zero.bf16_sums else given.num_micro_batches if zero.stage >= 2 else 1
+    for apart in (False, True):
+        number = sum(one.numel for one in held.trained if one.apart == apart)
+        part = number // shard_ranks(given, apart=apart)
+        if not number:
+            continue
+        whole = 2 * zero.element_bytes * number
+        found += Work({Stream(whole, name="copy_"): buckets, Stream(whole, name="div_"): buckets})
+        if zero.stage == 3:
+            found[Stream(whole, name="cat")] += buckets
+        found[Stream(2 * zero.element_bytes * part, name="cat")] += 1
+        found[Stream(2 * FP32 * part, name="mul_")] += 1
+        if zero.element_bytes == FP32:  # others are written by the update
+            found[Stream(2 * FP32 * part, name="copy_")] += 1
+    return Work({one: count for one, count in found.items() if count})
+
+
+def _joined_weights(gathers: Work) -> Work:
+    """Return the copies by which the parts of gathered weights are joined, rank by rank."""
+    return Work(
+        {
+            Stream(2 * one.num_bytes, name="cat"): count
+            for one, count in gathers.items()
+            if isinstance(one, Collective) and one.kind == "all_gather"
+        }
+    )
 
 
 def _saved(given: PlanInput, held: Mapping[int, HeldStage]) -> Work:
