@@ -1,7 +1,9 @@
 """The bench's cases as the planner predicts them: `python -m tests.planner.bench_cases [DIR [CASE ...]]`.
 
 With DIR, this machine is calibrated and the cases are measured on it, which takes about half an hour; nothing else
-should run. DIR keeps the profiles and the measured seconds, and what it has is not measured again.
+should run. DIR keeps the profiles and the measured seconds, and what it has is not measured again. The speed of a
+shared machine changes by the minute: a product of the calibration is timed again before and after each case, and the
+last column has the error with the plan at that speed.
 
 Without it the shipped profile `cpu` is used, its speed scaled by one number for each number of ranks, so that the
 first case is right. Predicted seconds of a step stand beside those of bench/results.json.
@@ -16,19 +18,27 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
+
+import torch
 
 from bench.arena import compete
 from bench.cases import CASES, Entry
 from bench.ours import engine_fields
 from bench.work import MASK_EVERY, MASKED_MODELS, Spec, Work, write_model
+from megatron_ds.parallel.launch import run_local
+from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.planner.calibration import measure_operations
+from megatron_ds.planner.operations import Product
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.timing.step_time import StepTime, plan_time
 from tests.planner.inputs import input_of
 
+SLOWNESS = ", slowness"
 MEASURED_STEPS, MEASURED_LONG_STEPS, LONG = 5, 3, 8192
 """Steps that are measured of a case, and of one with sequences of `LONG` tokens or more."""
 RESULTS = Path(__file__).parents[2] / "bench" / "results.json"
@@ -67,26 +77,45 @@ def measured() -> dict[tuple[str, str], float]:
     }
 
 
-def measure_here(file: Path, names: Sequence[str] = ()) -> dict[tuple[str, str], float]:
-    """Return the seconds of steps on this machine, each case alone: the lower quartile, as in a calibration.
+def measure_here(
+    file: Path, profiles: Mapping[int, Device], names: Sequence[str] = ()
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """Return the seconds of steps on this machine, each case alone, and how slow it was then.
+
+    Seconds are the lower quartile, as in a calibration.
 
     What the machine does besides makes steps longer, never shorter.
 
     Args:
         file: JSON with cases that are measured already; the others are added.
+        profiles: number of ranks -> profile of this machine, whose speed counts as 1.
         names: of cases; empty = all.
     """
     known: dict[str, list[float]] = json.loads(file.read_text()) if file.is_file() else {}
     for name, label, work, entry in predicted_cases():
         key = f"{name}: {label}"
         if key not in known and (not names or name in names):
+            before = slowness(profiles[entry.world], entry.world)
             known[key] = _steps(label, work, entry)
+            known[key + SLOWNESS] = [before, slowness(profiles[entry.world], entry.world)]
             file.write_text(json.dumps(known, indent=1))
-    return {
-        (name, label): quantiles(known[f"{name}: {label}"], n=4)[0]
-        for name, label, _, _ in predicted_cases()
-        if f"{name}: {label}" in known
-    }
+    found = {(name, label): f"{name}: {label}" for name, label, _, _ in predicted_cases()}
+    found = {one: key for one, key in found.items() if key in known}
+    seconds = {one: quantiles(known[key], n=4)[0] for one, key in found.items()}
+    return seconds, {one: mean(known.get(key + SLOWNESS, [1.0])) for one, key in found.items()}
+
+
+def slowness(profile: Device, ranks: int) -> float:
+    """Return the time of a product on all ranks at once, relative to that of a profile of this machine."""
+    row = max(profile.measured_products, key=lambda one: one.m * one.n * one.k * one.batch)
+    product = Product(row.m, row.n, row.k, row.batch, row.dtype)
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return mean(run_local(partial(_product_us, product=product, threads=threads), ranks, 60.0)) / row.us
+
+
+def _product_us(info: RankInfo, product: Product, threads: int) -> float:
+    torch.set_num_threads(threads)
+    return 1e6 * measure_operations.measure([product], torch.device("cpu"), rounds=9)[0]
 
 
 def _steps(label: str, work: Work, entry: Entry) -> list[float]:
@@ -154,20 +183,26 @@ def scaled(found: Sequence[Compared]) -> list[Compared]:
 
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
+    slow: Mapping[tuple[str, str], float] = {}
     if arguments:
         directory = Path(arguments[0])
         directory.mkdir(parents=True, exist_ok=True)
-        found = compared(profiles_here(directory), measure_here(directory / "seconds.json", arguments[1:]))
+        profiles = profiles_here(directory)
+        seconds, slow = measure_here(directory / "seconds.json", profiles, arguments[1:])
+        found = compared(profiles, seconds)
     else:
         found = scaled(compared({1: find_device("cpu"), 2: find_device("cpu")}, measured()))
-    print("| case | entry | ranks | predicted s | measured s | error |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| case | entry | ranks | predicted s | measured s | error | slowness | error at that speed |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    at_speed = []
     for one in found:
-        seconds = f"{one.predicted_s:.2f} | {one.measured_s:.2f}"
-        print(f"| {one.case} | {one.label} | {one.ranks} | {seconds} | {one.error:+.0%} |")
-    errors = [abs(one.error) for one in found]
-    near = sum(error <= 0.15 for error in errors)
-    print(f"\n{len(errors)} entries: median error {median(errors):.1%}, {near} within 15 %")
+        slower = slow.get((one.case, one.label), 1.0)
+        at_speed.append((1 + one.error) * slower - 1)
+        times = f"{one.predicted_s:.2f} | {one.measured_s:.2f} | {one.error:+.0%} | {slower:.2f} | {at_speed[-1]:+.0%}"
+        print(f"| {one.case} | {one.label} | {one.ranks} | {times} |")
+    for name, errors in ("", [one.error for one in found]), (" at the machine's speed then", at_speed):
+        off = [abs(error) for error in errors]
+        print(f"\n{len(off)} entries: median error{name} {median(off):.1%}, {sum(e <= 0.15 for e in off)} within 15 %")
 
 
 if __name__ == "__main__":

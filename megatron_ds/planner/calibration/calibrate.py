@@ -41,6 +41,7 @@ class Sizes:
         streams: of one rank.
         buffers: bytes of collectives and messages.
         steady_s: seconds of products without a pause, on a GPU.
+        has_host: the host is measured by steps of small models, on a CPU; see `measure_host`.
     """
 
     products: Sequence[Product]
@@ -48,6 +49,7 @@ class Sizes:
     streams: Sequence[Stream]
     buffers: Sequence[int]
     steady_s: float = 3.0
+    has_host: bool = True
 
 
 def usual_sizes(device: str) -> Sizes:
@@ -191,7 +193,7 @@ def _measure(info: RankInfo, sizes: Sizes, threads: int, budget_s: float) -> _Fo
     if device.type == "cuda":
         largest = max((one for one in sizes.products if one.dtype == "bfloat16"), key=lambda one: one.flops)
         steady = measure_operations.steady_speed(largest, device, sizes.steady_s)
-    blocks_s = measure_host.measure_blocks(info, device) if device.type == "cpu" else {}
+    blocks_s = measure_host.measure_blocks(info, device) if device.type == "cpu" and sizes.has_host else {}
     return _Found(_facts(device, info.world_size, threads), times_s, communication, skew, steady, blocks_s)
 
 

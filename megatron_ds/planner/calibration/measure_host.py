@@ -22,6 +22,7 @@ from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_network
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.link import US
+from megatron_ds.planner.timing.engine_work import step_of
 from megatron_ds.planner.timing.pass_time import num_launches
 from megatron_ds.planner.timing.step_time import plan_time
 from megatron_ds.planner.trace import trace_layers
@@ -117,6 +118,6 @@ def _input(stage: int, blocks: int, ranks: int) -> PlanInput:
 def _work(given: PlanInput) -> Work:
     """Return the passes of all layers."""
     found = Work()
-    for trace in trace_layers(given.layers, given.trace_setting()):
+    for trace in step_of(given, trace_layers(given.layers, given.trace_setting())).stages[0].layers:
         found += trace.forward + trace.backward
     return found

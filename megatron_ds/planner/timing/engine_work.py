@@ -13,7 +13,17 @@ from megatron_ds.planner.held_parameters import (
     hold_stage,
     num_elements,
 )
-from megatron_ds.planner.operations import Collective, HostCopy, LayerTrace, Message, Operation, Stream, Work
+from megatron_ds.planner.moments import Event, Moment
+from megatron_ds.planner.operations import (
+    Collective,
+    HostCopy,
+    LayerTrace,
+    Message,
+    ModuleHooks,
+    Operation,
+    Stream,
+    Work,
+)
 from megatron_ds.planner.plan_input import PlanInput
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.profiles.network import Network
@@ -53,6 +63,7 @@ def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, H
         held: index of a stage -> its parameters; missing ones are found by `hold_stage`.
     """
     bounds, zero, layout = given.stage_bounds, zero_settings(given), given.layout
+    traces = _with_hooks(traces) if zero.stage == 3 else traces
     last = layout.pipeline - 1
     known = dict(held or {})
     for stage in {0, last // 2, last} - set(known):  # others are like the one in the middle
@@ -75,6 +86,23 @@ def step_of(given: PlanInput, traces: Sequence[LayerTrace], held: Mapping[int, H
         save_every=given.save_every or 1,
         dtype=str(given.dtype).removeprefix("torch."),
     )
+
+
+def _with_hooks(traces: Sequence[LayerTrace]) -> list[LayerTrace]:
+    """Return traces with DeepSpeed's hooks of their modules; equal layers still share one."""
+    known: dict[int, LayerTrace] = {}
+    for trace in traces:
+        if id(trace) not in known:
+            forward, backward = (
+                work + Work({ModuleHooks(): sum(_begins(moment) for moment in moments)})
+                for work, moments in ((trace.forward, trace.in_forward), (trace.backward, trace.in_backward))
+            )
+            known[id(trace)] = replace(trace, forward=forward, backward=backward)
+    return [known[id(trace)] for trace in traces]
+
+
+def _begins(moment: Moment) -> bool:
+    return moment.module_pass is not None and moment.module_pass.event == Event.BEFORE
 
 
 def _gradients(

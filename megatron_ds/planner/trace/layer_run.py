@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from megatron_ds.models.block import Block
 from megatron_ds.models.sequential import Activations, LayerSpec, OutputHead
-from megatron_ds.planner.moments import Event, ModulePass, Moment
-from megatron_ds.planner.operations import LayerTrace, ModuleHooks
+from megatron_ds.planner.moments import ModulePass, Moment
+from megatron_ds.planner.operations import LayerTrace
 from megatron_ds.planner.trace.module_hooks import watch_modules
 from megatron_ds.planner.trace.recorder import Recorder
 from megatron_ds.planner.trace.setting import TraceSetting
@@ -195,8 +195,6 @@ class LayerRun:
         parameter.grad = None
 
     def _pass(self, one: ModulePass) -> None:
-        if one.event == Event.BEFORE:
-            self.recorder.record(ModuleHooks())
         self._seen.append(_Seen(len(self.recorder.changes), module_pass=one))
 
     def _size(self, output: Activations | Tensor) -> int:

@@ -135,6 +135,7 @@ SMALL = Sizes(
     attention=[Attention(1, 2, 1, 16, 32, 32, 32 * 33 // 2, backward, "float32") for backward in (False, True)],
     streams=[Stream(4096, name=name) for name in measure_operations.STREAMS],
     buffers=[1024, 65536],
+    has_host=False,
 )
 
 
@@ -161,7 +162,7 @@ def test_a_calibrated_machine_is_written_and_read_again(tmp_path: Path) -> None:
 
 def test_a_machine_of_one_rank_has_no_measured_link() -> None:
     preload()
-    device = calibrate("machine", 1, Sizes(SMALL.products[:1], [], SMALL.streams[:1], [1024]))
+    device = calibrate("machine", 1, Sizes(SMALL.products[:1], [], SMALL.streams[:1], [1024], has_host=False))
     assert (
         device.link == "gloo"
         and device.network.startswith("ethernet")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.planner.operations import Collective, Message, Stream
+from megatron_ds.planner.operations import Collective, Message, ModuleHooks, Stream
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.timing.engine_work import HOST_UPDATES_PER_S, machine_of, step_of
@@ -121,6 +121,42 @@ def test_an_optimizer_of_one_moment_moves_fewer_bytes() -> None:
     part = PARAMS // 16
     assert update("adamw") == pytest.approx(30 * part, rel=0.001)
     assert update("lion") == pytest.approx(22 * part, rel=0.001)
+
+
+def test_zero_copies_gradients_and_weights() -> None:
+    """Into buckets of each micro-batch, which stage 1 on GPUs in bf16 lacks, and a rank's part into one tensor."""
+
+    def copied(zero: int) -> dict[str, float]:
+        given = run(zero=zero)
+        end = step_of(given, trace_layers(given.layers, given.trace_setting())).ends[0]
+        found = dict.fromkeys(("copy_", "div_", "cat", "mul_"), 0.0)
+        for one, count in end.update.items():
+            if isinstance(one, Stream) and one.name in found:
+                found[one.name] += one.num_bytes * count / PARAMS
+        return found
+
+    part, buckets = 1 / 16, 4 * 2 * 2  # of 4 micro-batches, read and written in bf16
+    assert copied(1) == pytest.approx({"copy_": 0, "div_": 0, "cat": 4 * part, "mul_": 8 * part}, rel=0.01)
+    assert copied(2) == pytest.approx({"copy_": buckets, "div_": buckets, "cat": 4 * part, "mul_": 8 * part}, rel=0.01)
+    given = run(zero=3)
+    sent = step_of(given, trace_layers(given.layers, given.trace_setting())).ends[0].sent
+    gathered = sum(
+        one.num_bytes * count for one, count in sent.items() if isinstance(one, Collective) and one.kind == "all_gather"
+    )
+    assert copied(3)["cat"] == pytest.approx(buckets + 4 * part + 2 * gathered / PARAMS, rel=0.01)
+
+
+def test_hooks_of_modules_are_those_of_zero_3() -> None:
+    """Each module of a layer has them in its forward pass, and in its backward pass for each output with a gradient."""
+
+    def hooks(zero: int, traced: int) -> list[tuple[int, int]]:
+        traces = trace_layers(run(zero=traced).layers, run(zero=traced).trace_setting())
+        layers = step_of(run(zero=zero), traces).stages[0].layers
+        assert len({id(one) for one in layers}) == len({id(one) for one in traces})
+        return [(one.forward[ModuleHooks()], one.backward[ModuleHooks()]) for one in layers]
+
+    assert set(hooks(1, 1)) == set(hooks(2, 3)) == {(0, 0)}
+    assert all(forward > 0 and backward >= forward for forward, backward in hooks(3, 3)[1:-1])
 
 
 def test_gradients_are_added_apart_where_no_product_adds_them() -> None:

@@ -6,7 +6,17 @@ from math import log, sqrt
 import pytest
 
 from megatron_ds.parallel.grid import Layout
-from megatron_ds.planner.operations import Attention, Collective, HostCopy, LayerTrace, Message, Product, Stream, Work
+from megatron_ds.planner.operations import (
+    Attention,
+    Collective,
+    HostCopy,
+    LayerTrace,
+    Message,
+    ModuleHooks,
+    Product,
+    Stream,
+    Work,
+)
 from megatron_ds.planner.pipeline.stragglers import RandomSlowness
 from megatron_ds.planner.pipeline.timetable import slowdown
 from megatron_ds.planner.profiles import find_device, find_network
@@ -18,6 +28,7 @@ from megatron_ds.planner.timing.step_time import STRAGGLING, StepTime, time_step
 from megatron_ds.planner.timing.step_work import EndWork, StageWork, StepWork
 
 DEVICE = find_device("h100", measured=False)
+CPU = find_device("cpu")
 LAYOUT = Layout(tensor=4, pipeline=4, context=1, data=2)
 MACHINE = Machine(DEVICE, find_network("400Gb/s", DEVICE, 8), place(LAYOUT, 8))
 FORWARD = Product(4096, 8192, 8192)
@@ -93,6 +104,22 @@ def test_a_step_is_not_faster_than_its_host_starts_kernels() -> None:
     many = Work({Stream(1 << 10): 1000})
     slow = replace(MACHINE, device=DEVICE.model_copy(update={"host_us": 20.0}))
     assert pass_time(many, slow).compute_s == pytest.approx(1000 * 20e-6)
+
+
+def test_hooks_of_modules_keep_the_host_busy() -> None:
+    work = Work({FORWARD: 1, ModuleHooks(): 1000})
+    slow = replace(MACHINE, device=DEVICE.model_copy(update={"host_us": 20.0, "hook_us": 500.0}))
+    assert pass_time(work, slow).compute_s == pytest.approx(20e-6 + 1000 * 500e-6)
+    assert pass_time(Work({FORWARD: 1000, ModuleHooks(): 1}), slow).compute_s == 1000 * seconds(FORWARD, DEVICE)
+
+
+def test_a_cpu_is_its_own_host_and_hides_nothing() -> None:
+    """It starts an operation before it computes it, and what it sends takes its time."""
+    cpu = replace(MACHINE, device=CPU.model_copy(update={"host_us": 20.0, "hook_us": 500.0, "skew": 0.0}))
+    alone, sent = seconds(FORWARD, CPU), link_seconds(REDUCTION, MACHINE.placements["tensor"], MACHINE.network)
+    found = pass_time(Work({FORWARD: 3, ModuleHooks(): 2, replace(REDUCTION, hidden=True): 1}), cpu)
+    assert found.compute_s == pytest.approx(3 * (alone + 20e-6) + 2 * 500e-6)
+    assert found.exposed_s == {"tensor": pytest.approx(sent)}
 
 
 def test_ranks_that_wait_for_each_other_take_longer() -> None:

@@ -57,6 +57,14 @@ def test_products_are_the_flops_of_the_model(case: str, device_type: str) -> Non
     assert 0.96 * expected <= products <= expected, (products, expected)
 
 
+def test_functions_have_names_by_what_they_do_to_memory() -> None:
+    """Formulas of GELU differ; tensors of zeros are written; a gradient of an embedding is zeros and added rows."""
+    setting = replace(SETTING, device_type="cpu", precision="fp32")
+    names = {one.name: one.num_bytes for one in total(traced("gpt2", setting)) if isinstance(one, Stream)}
+    assert {"gelu_tanh", "gelu_tanh_backward", "index_select", "index_add_", "zero_"} <= names.keys()
+    assert not {"gelu", "embedding", "embedding_dense_backward", "zeros", "new_zeros", "fill_"} & names.keys()
+
+
 def test_equal_layers_are_run_once() -> None:
     traces = traced("llama", num_hidden_layers=8)
     assert [one.like for one in traces] == ["embedding", "entry", *["blocks.0"] * 8, "exit", "head"]
