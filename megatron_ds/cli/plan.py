@@ -122,7 +122,7 @@ def plan(
     from megatron_ds.planner.plan_facts import plan_facts
 
     planned = planner.plan()
-    failures = plan_run_failures(planned.given, planned.time, planned.size.num_trained, faults, saving)
+    failures = plan_run_failures(planned.given, planned.time, planned.size.num_trained, faults, planner.device, saving)
     total = total if total is not None else planner.tokens_of_run(planned)
     campaign = planned.campaign(total, price, failures.slowdown) if total is not None else None
     advice = advise(planned, planner.candidate, planner.replan)

@@ -24,15 +24,13 @@ from megatron_ds.planner.failures.closed_forms import (
 )
 from megatron_ds.planner.failures.goodput import Goodput, simulate_goodput
 from megatron_ds.planner.plan_values import percent, strict
+from megatron_ds.planner.profiles.link import GB
 
 MONTH_DAYS, SHORTEST_DAYS = 30.0, 1.0
 MOST_FAILURES = 3000
 """Failures of a simulated run; runs with more of them in a month are simulated for a shorter time."""
 FACTORS = (0.25, 0.5, 2.0, 4.0)
 """Other intervals that a plan shows, as multiples of the best one."""
-
-COPY_BYTES_S = 20e9
-"""From a device to pinned host memory over PCIe 4 x16, of 31 GB/s by its data sheet."""
 
 LEAST_PAUSE_S = 1.0
 """For ranks to agree and to begin their copies; an assumption."""
@@ -84,7 +82,7 @@ class FaultPlan:
         return round(goodput.interval_s / self.step_s)
 
 
-def estimate_saving(rank_bytes: float, total_bytes: float, nodes: int, asynchronous: bool) -> Saving:
+def estimate_saving(rank_bytes: float, total_bytes: float, nodes: int, asynchronous: bool, copy_gb_s: float) -> Saving:
     """Estimate the cost of a checkpoint.
 
     Args:
@@ -92,8 +90,9 @@ def estimate_saving(rank_bytes: float, total_bytes: float, nodes: int, asynchron
         total_bytes: that all ranks save.
         nodes: that write them.
         asynchronous: training continues while files are written.
+        copy_gb_s: 10^9 bytes per second from a device to its host's memory; see `Device.host_gb_s`.
     """
-    copy_s = max(rank_bytes / COPY_BYTES_S, LEAST_PAUSE_S)
+    copy_s = max(rank_bytes / (copy_gb_s * GB), LEAST_PAUSE_S)
     write_s = total_bytes / min(nodes * NODE_WRITE_BYTES_S, TOTAL_WRITE_BYTES_S)
     return Saving(copy_s, write_s) if asynchronous else Saving(copy_s + write_s)
 

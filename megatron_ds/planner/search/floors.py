@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ds.config import ContextPlan, ParallelSection
 from megatron_ds.parallel.grid import Layout
@@ -27,6 +27,7 @@ from megatron_ds.planner.search.space import LARGEST_MICRO_BATCH, Candidate
 from megatron_ds.planner.search.stage_shares import StageShare, StageShares
 from megatron_ds.planner.timing import links
 from megatron_ds.planner.timing.pass_time import CONTENTION, HOST_COPIES, Machine, num_launches, pass_time
+from megatron_ds.planner.timing.placement import Placement
 from megatron_ds.planner.trace.setting import TraceSetting
 
 CERTAIN_S = 0.97
@@ -60,8 +61,18 @@ class _Body:
         return sum(max(one / ranks, started / rows) for one, started in zip(self.passes_s, self.launches_s))
 
 
-_Exchange = tuple[Collective, int]
-"""A collective, and how often it happens."""
+class _Exchange(NamedTuple):
+    """A collective of a block.
+
+    Attributes:
+        collective: for one row; `count` of them.
+        fixed_bytes, row_bytes: its size, in all and for each row.
+    """
+
+    collective: Collective
+    count: int
+    fixed_bytes: int
+    row_bytes: int
 
 
 class LayoutFloors:
@@ -209,8 +220,8 @@ class LayoutFloors:
             seconds += self._seconds(exchanged, expert, 1, rows / (tensor * context))
         return seconds / rows
 
-    def _exchanged(self, axis: str, sequence: bool) -> tuple[_Exchange, ...]:
-        """Return what a block exchanges on the least number of ranks of an axis, for a row."""
+    def _exchanged(self, axis: str, sequence: bool) -> tuple[tuple[_Exchange, ...], ...]:
+        """Return what each block exchanges on the least number of ranks of an axis."""
         key = (axis, sequence)
         if key not in self._known_exchanges:
             ranks = self._axes[axis.split()[-1]]
@@ -220,40 +231,56 @@ class LayoutFloors:
                 "expert": {"expert": ranks},
                 "context": {"context": ContextPlan(ulysses=ranks)},
             }
-            traces = self._traces.of(replace(self._alone, **settings[axis]))
-            blocks = [trace for trace in traces if trace.is_block]
-            least = min(blocks, key=lambda trace: sum(trace.forward.sent_bytes.values()))
-            self._known_exchanges[key] = tuple(
-                (one, count) for one, count in (least.forward + least.backward).items() if isinstance(one, Collective)
-            )
+            setting = replace(self._alone, **settings[axis])
+            by_rows = (self._collectives(replace(setting, micro_batch_size=rows)) for rows in (1, 2))
+            self._known_exchanges[key] = tuple(_growing(one, two) for one, two in zip(*by_rows))
         return self._known_exchanges[key]
 
+    def _collectives(self, setting: TraceSetting) -> list[list[tuple[Collective, int]]]:
+        """Return the collectives of each block that differs from the others, and how many there are of each."""
+        blocks = {trace.like: trace for trace in self._traces.of(setting) if trace.is_block}
+        works = [block.forward + block.backward for block in blocks.values()]
+        return [[(one, count) for one, count in work.items() if isinstance(one, Collective)] for work in works]
+
     @cached_property
-    def _known_exchanges(self) -> dict[tuple[str, bool], tuple[_Exchange, ...]]:
+    def _known_exchanges(self) -> dict[tuple[str, bool], tuple[tuple[_Exchange, ...], ...]]:
         return {}
 
-    def _seconds(self, exchanged: Sequence[_Exchange], ranks: int, stride: int, rows: float) -> float:
-        """Return the seconds of collectives among other ranks; of hidden ones those by which they slow the passes.
+    def _seconds(self, exchanged: Sequence[Sequence[_Exchange]], ranks: int, stride: int, rows: float) -> float:
+        """Return the seconds of the collectives of the block that needs least, among other ranks.
 
         Args:
-            exchanged: by the least number of ranks, for a row.
+            exchanged: by the least number of ranks.
             ranks, stride: number and distance of the ranks.
             rows: that are exchanged, or a part of one.
         """
         key = (exchanged, ranks, stride, rows)
         if key not in self._known_seconds:
-            placement, found = nearest(self._network, ranks, stride), 0.0
-            for one, count in exchanged:
-                divided = ranks / one.ranks if one.kind == "all_to_all" and one.axis != "expert" else 1
-                scaled = replace(one, ranks=ranks, num_bytes=int(one.num_bytes * rows / divided))
-                share = CONTENTION if one.hidden else 1.0
-                found += share * count * links.seconds(scaled, placement, self._network)
-            self._known_seconds[key] = found
+            placement = nearest(self._network, ranks, stride)
+            each = (sum(self._of_exchange(one, ranks, placement, rows) for one in block) for block in exchanged)
+            self._known_seconds[key] = min(each, default=0.0)
         return self._known_seconds[key]
+
+    def _of_exchange(self, one: _Exchange, ranks: int, placement: Placement, rows: float) -> float:
+        """Return the seconds of collectives; of hidden ones those by which they slow the passes."""
+        given = one.collective
+        divided = ranks / given.ranks if given.kind == "all_to_all" and given.axis != "expert" else 1
+        scaled = replace(given, ranks=ranks, num_bytes=int(one.fixed_bytes + one.row_bytes * rows / divided))
+        share = CONTENTION if given.hidden else 1.0
+        return share * one.count * links.seconds(scaled, placement, self._network)
 
     @cached_property
     def _known_seconds(self) -> dict[tuple[object, ...], float]:
         return {}
+
+
+def _growing(one: Sequence[tuple[Collective, int]], two: Sequence[tuple[Collective, int]]) -> tuple[_Exchange, ...]:
+    """Return collectives by those of one row and of two; they grow with rows where both have the same ones."""
+    alike = [(first.kind, count) for first, count in one] == [(first.kind, count) for first, count in two]
+    grows = [second.num_bytes - first.num_bytes if alike else 0 for (first, _), (second, _) in zip(one, two)]
+    return tuple(
+        _Exchange(first, count, first.num_bytes - more, more) for (first, count), more in zip(one, grows, strict=alike)
+    )
 
 
 def _least(passes: Iterable[tuple[float, float]], factor: float) -> tuple[float, float]:

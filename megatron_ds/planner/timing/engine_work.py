@@ -131,7 +131,8 @@ def _end(given: PlanInput, zero: ZeroSettings, held: HeldStage, traces: Sequence
         hiding = given.num_micro_batches
     update, host_s = _update(given, zero, held)
     update += _copies(given, zero, held) + _joined_weights(traffic.weights if zero.stage == 3 else Work())
-    return EndWork(hidden + traffic.norms + traffic.losses, hiding, update, host_s)
+    sent = hidden + traffic.norms + traffic.losses + traffic.optimizer.slowest
+    return EndWork(sent, hiding, update + traffic.optimizer.products, host_s)
 
 
 def _hidden(traffic: EngineTraffic, zero: ZeroSettings) -> Work:

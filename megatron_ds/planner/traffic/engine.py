@@ -26,7 +26,7 @@ from megatron_ds.planner.traffic.gradients import (
     tied_sums,
     weight_gathers,
 )
-from megatron_ds.planner.traffic.optimizers import optimizer_traffic
+from megatron_ds.planner.traffic.optimizers import OptimizerTraffic, optimizer_traffic
 from megatron_ds.planner.traffic.zero3 import divided_weight_gathers, gradient_scatters, sub_groups
 from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
 
@@ -54,12 +54,12 @@ class EngineTraffic:
     pipeline: Work = field(default_factory=Work)
     norms: Work = field(default_factory=Work)
     losses: Work = field(default_factory=Work)
-    optimizer: Work = field(default_factory=Work)
+    optimizer: OptimizerTraffic = field(default_factory=OptimizerTraffic)
 
     @property
     def total(self) -> Work:
         """All of it."""
-        return self.gradients + self.weights + self.pipeline + self.norms + self.losses + self.optimizer
+        return self.gradients + self.weights + self.pipeline + self.norms + self.losses + self.optimizer.first
 
 
 def engine_traffic(

@@ -94,9 +94,9 @@ def test_lines() -> None:
 
 def test_estimates_of_saves() -> None:
     """BLOOM's 2.3 TB on 48 nodes take 40 s; many nodes share 2 TB/s."""
-    bloom = estimate_saving(2.3e12 / 384, 2.3e12, 48, asynchronous=False)
+    bloom = estimate_saving(2.3e12 / 384, 2.3e12, 48, asynchronous=False, copy_gb_s=20)
     assert bloom.pause_s == pytest.approx(41, abs=0.5) and bloom.write_s == 0
-    llama = estimate_saving(40e9, 5e12, 2048, asynchronous=True)
+    llama = estimate_saving(40e9, 5e12, 2048, asynchronous=True, copy_gb_s=20)
     assert (llama.pause_s, llama.write_s) == pytest.approx((2.0, 2.5))
 
 

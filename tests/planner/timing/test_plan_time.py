@@ -159,6 +159,18 @@ def test_hooks_of_modules_are_those_of_zero_3() -> None:
     assert all(forward > 0 and backward >= forward for forward, backward in hooks(3, 3)[1:-1])
 
 
+def test_updates_of_whole_matrices_wait_for_each_other() -> None:
+    """Muon's matrices go to their owners and back, and are multiplied there; Adafactor adds up rows and columns."""
+    adamw, muon, adafactor = (timed(optimizer=name) for name in ("adamw", "muon", "adafactor"))
+    assert "stage" not in adamw.exposed_s
+    assert muon.exposed_s["stage"] > 5 * adafactor.exposed_s["stage"] > 0
+    at_50_gb_s = 2 * 2 * (PARAMS - 2 * 32_000 * 4096) / 16 / 50e9  # there and back, in bf16, of a mean rank
+    assert at_50_gb_s / 2 < muon.exposed_s["stage"] < 3 * at_50_gb_s
+    flops = 5 * (2 * 4096**2 * (2 * 11_008 + 4096) * 3 + 3 * 2 * 4096**3 * 4) * 4 / 16
+    iteration_s = muon.optimizer_s - adamw.optimizer_s
+    assert flops / 989e12 < iteration_s < 3 * flops / 989e12
+
+
 def test_gradients_are_added_apart_where_no_product_adds_them() -> None:
     traces = trace_layers(run().layers, run().trace_setting())
     of_norms, of_compiled = (
