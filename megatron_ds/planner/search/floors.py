@@ -65,12 +65,12 @@ class _Exchange(NamedTuple):
     """A collective of a block.
 
     Attributes:
-        collective: for one row; `count` of them.
+        collective: for one row; `calls` of them.
         fixed_bytes, row_bytes: its size, in all and for each row.
     """
 
     collective: Collective
-    count: int
+    calls: int
     fixed_bytes: int
     row_bytes: int
 
@@ -267,7 +267,7 @@ class LayoutFloors:
         divided = ranks / given.ranks if given.kind == "all_to_all" and given.axis != "expert" else 1
         scaled = replace(given, ranks=ranks, num_bytes=int(one.fixed_bytes + one.row_bytes * rows / divided))
         share = CONTENTION if given.hidden else 1.0
-        return share * one.count * links.seconds(scaled, placement, self._network)
+        return share * one.calls * links.seconds(scaled, placement, self._network)
 
     @cached_property
     def _known_seconds(self) -> dict[tuple[object, ...], float]:
