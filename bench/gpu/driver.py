@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.commands import COMMANDS, ENVIRONMENT, Command
+from bench.gpu.page import PLAIN
 from bench.gpu.part import Part
 from bench.gpu.wheels import WHEELS, install_missing, missing
 
@@ -228,6 +229,6 @@ MARKS = {True: "ok", False: "WRONG", None: ""}
 
 def summary(row: Mapping[str, Any]) -> str:
     """Return a result as a line for the terminal."""
-    hidden = ("section", "name", "ok", "at_s", "kernels", "losses", "parts", "when")
+    hidden = (*PLAIN, "kernels")
     figures = [f"{name}={value}" for name, value in row.items() if name not in hidden and value is not None]
     return f"{MARKS[row['ok']]:5} {str(row['name'])[:36]:36} {'  '.join(figures)}"[:WIDTH]

@@ -15,11 +15,7 @@ from tests.ranks import run_alone
 RESULTS = Path(__file__).parents[2] / "bench" / "results-gpu.json"
 MOST_OVER, MOST_UNDER = 0.05, 0.02
 LARGEST_TIME_ERROR = 0.06
-HOST_BOUND = ("ZeRO-3",)
-"""Cases in which DeepSpeed's hooks of modules keep the host busy for longer than the device. The constant `hook_us` of
-the profiles of GPUs is from the only one of them."""
-
-
+"""Of ZeRO-3 it proves nothing: `hook_us` of the profiles of GPUs is from that step, of which the host is the limit."""
 WHOLE = "1.2 B Llama"
 """The case of a whole model, which contestants train too, eager and compiled."""
 
@@ -68,8 +64,8 @@ def test_memory_is_what_the_allocator_gave_out(planned: dict[str, tuple[int, flo
 
 def test_steps_take_the_planned_time(planned: dict[str, tuple[int, float]]) -> None:
     errors = {name: planned[name][1] * 1e3 / row["measured_ms"] - 1 for name, row in measured().items()}
-    assert len(errors) > 4 and all(abs(errors.pop(name)) < LARGEST_TIME_ERROR for name in HOST_BOUND)
-    assert all(abs(error) <= LARGEST_TIME_ERROR for error in errors.values()), errors
+    assert len(errors) > 4 and "ZeRO-3" in errors
+    assert all(abs(error) < LARGEST_TIME_ERROR for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -112,7 +112,6 @@ def _gradients(
 
     On a GPU products add them up. Those of compiled layers do not: their gradients are cast, and the copies added.
     """
-    number = num_elements(trained)
     if zero.bf16_sums and given.machines.device_type == "cuda":
         apart = [one for one in trained if not one.is_added_in_products(compiled)]
         added = num_elements(apart)
@@ -121,7 +120,7 @@ def _gradients(
     if given.num_micro_batches == 1 and zero.stage < 2 and not zero.bf16_sums:
         return Work()
     sums = FP32 if zero.bf16_sums else zero.element_bytes
-    return Work({Stream(number * (zero.element_bytes + 2 * sums), launches=4): 1})
+    return Work({Stream(num_elements(trained) * (zero.element_bytes + 2 * sums), launches=4): 1})
 
 
 def _end(given: PlanInput, zero: ZeroSettings, held: HeldStage, traces: Sequence[LayerTrace]) -> EndWork:
