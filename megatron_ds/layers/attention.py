@@ -16,9 +16,16 @@ from torch import Tensor, nn
 
 from megatron_ds.layers.adapter_layers import IA3Spec, LoRASpec, Output
 from megatron_ds.layers.alibi import HeadSlopes
-from megatron_ds.layers.attention_masks import Row, Span, allowed_keys, allowed_keys_on_both_sides, without_blind_rows
+from megatron_ds.layers.attention_masks import (
+    Row,
+    Span,
+    allowed_keys,
+    allowed_keys_on_both_sides,
+    seen_by,
+    without_blind_rows,
+)
 from megatron_ds.layers.attention_shape import AttentionShape
-from megatron_ds.layers.context.fetch import FetchPlan, fetch, plan_fetch, seen_by, union
+from megatron_ds.layers.context.fetch import FetchPlan, fetch, plan_fetch, union
 from megatron_ds.layers.context.ring import ring_attention
 from megatron_ds.layers.context.ulysses import HeadExchange
 from megatron_ds.layers.documents import DocumentLimit
@@ -411,7 +418,31 @@ class Attention(nn.Module):
         return self.kernels if is_plain_attention(q, k, v, call) else None
 
     def _by_torch(self, q: Tensor, k: Tensor, v: Tensor, row: Row, span: Span | None = None) -> Tensor:
-        """Compute the attention core by torch alone: masks and biases are tensors of all pairs."""
+        """Compute the attention core by torch alone: masks and biases are tensors of all pairs of a tile."""
+        whole = span or Span.of_row(q.shape[0])
+        tiles = whole.tiles(self.shape.causal, self._window(whole.length))
+        if len(tiles) == 1 or not self._computes_masked_pairs(row, whole):
+            return self._tile_by_torch(q, k, v, row, span)
+        parts = []
+        for tile in tiles:
+            queries, keys = whole.index_of(tile)
+            parts.append(self._tile_by_torch(q[queries], k[keys], v[keys], row, tile))
+        return torch.cat(parts)
+
+    def _computes_masked_pairs(self, row: Row, span: Span) -> bool:
+        """Return whether torch computes pairs that queries do not see, which tiles can leave out.
+
+        It computes all pairs but those of plain causality in a whole row. A query may not see all keys of the row by
+        causality or a window alone.
+        """
+        shape, window = self.shape, self._window(span.length)
+        if self._may_attend_to_all(row.key_mask) or not (shape.causal or window is not None):
+            return False
+        terms = (*row, shape.alibi, shape.softcap, window, self.sinks)
+        return span != Span.of_row(span.length) or any(one is not None for one in terms)
+
+    def _tile_by_torch(self, q: Tensor, k: Tensor, v: Tensor, row: Row, span: Span | None) -> Tensor:
+        """Compute the attention core of a tile, or of a row (`span` is None)."""
         shape = self.shape
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         mask = self._allowed(q, row, span)

@@ -8,6 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LEAST_QUERIES, MOST_QUERIES = 256, 1024
+"""Queries of a tile; in between, an eighth of the keys. Much smaller tiles take longer in torch's kernels than they save.
+
+On 2 cores of a CPU, 4,096 causal queries after 2,048 others took 3.3 s forward and backward at once, and 2.4 s in tiles
+of 1,024; 512 took 34 ms, and 26 ms in tiles of 256.
+"""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -32,6 +39,16 @@ class Span:
         """Index of the key at the position of the first query."""
         return self.queries.start - self.keys.start
 
+    def tiles(self, causal: bool, window: int | None) -> list[Span]:
+        """Cut the queries into tiles with the keys that they see, so that few pairs are computed to be masked."""
+        size = min(max(len(self.keys) // 8, LEAST_QUERIES), MOST_QUERIES)
+        found = []
+        for start in range(self.queries.start, self.queries.stop, size):
+            seen = seen_by(range(start, min(start + size, self.queries.stop)), self.length, causal, window)
+            keys = range(max(seen.keys.start, self.keys.start), min(seen.keys.stop, self.keys.stop))
+            found.append(Span(seen.queries, keys, self.length))
+        return found
+
     def of_queries(self, by_position: Tensor) -> Tensor:
         """Cut the last dim, of all positions of the row, to the queries."""
         return by_position[..., self.queries.start : self.queries.stop]
@@ -39,6 +56,21 @@ class Span:
     def of_keys(self, by_position: Tensor) -> Tensor:
         """Cut the last dim, of all positions of the row, to the keys."""
         return by_position[..., self.keys.start : self.keys.stop]
+
+    def index_of(self, part: Span) -> tuple[slice, slice]:
+        """Return where the queries and the keys of a part of this span are among its own."""
+        first_query, first_key = self.queries.start, self.keys.start
+        return (
+            slice(part.queries.start - first_query, part.queries.stop - first_query),
+            slice(part.keys.start - first_key, part.keys.stop - first_key),
+        )
+
+
+def seen_by(queries: range, length: int, causal: bool, window: int | None) -> Span:
+    """Return consecutive queries with the range of the keys, of a row of `length`, that any of them sees."""
+    reach = length if window is None else window - 1
+    stop = queries.stop if causal else min(length, queries.stop + reach)
+    return Span(queries, range(max(0, queries.start - reach), stop), length)
 
 
 class Row(NamedTuple):

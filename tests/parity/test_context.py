@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ds.layers import attention_masks
 from tests.parity.cases import Recipe
 from tests.parity.context_cases import (
     DECODERS,
@@ -113,6 +114,22 @@ def check(case: str, place: Place, recipe: Recipe, references: Any) -> None:
 
 @pytest.mark.parametrize(("case", "place", "recipe"), names(SAMPLE))
 def test_five_steps_equal_transformers(case: str, place: Place, recipe: Recipe, references: Any) -> None:
+    check(case, place, recipe, references)
+
+
+IN_TILES: list[Run] = [
+    ("llama", GATHER_2, ODD_PACKED),
+    ("gemma3_text-two-ropes", replace(GATHER_2, recompute="selective"), RECIPE),
+    ("bloom-tied", GATHER_2, SEEN),
+]
+
+
+@pytest.mark.parametrize(("case", "place", "recipe"), names(IN_TILES))
+def test_in_tiles_of_queries(
+    case: str, place: Place, recipe: Recipe, references: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LEAST_QUERIES", "MOST_QUERIES"):
+        monkeypatch.setattr(attention_masks, name, 5)
     check(case, place, recipe, references)
 
 

@@ -123,7 +123,7 @@ def _steps(label: str, work: Work, entry: Entry) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="bench-") as made:
         folder = Path(made) / "given"
         folder.mkdir()
-        write_model(work, folder)
+        run_local(lambda _: write_model(work, folder), 1, 600.0)  # its threads must not be in this process, which forks
         options = {**entry.options, "workers": len(os.sched_getaffinity(0))}
         spec = Spec(entry.runner, entry.world, options, work, str(folder), "cpu", entry.environment)
         rounds = MEASURED_STEPS if work.seq_length < LONG else MEASURED_LONG_STEPS

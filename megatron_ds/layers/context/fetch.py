@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ds.layers.attention_masks import Span
 from megatron_ds.parallel.constants import kept
 from megatron_ds.parallel.context import Runs, index_of_runs
 from megatron_ds.parallel.grid import Axis
@@ -46,13 +45,6 @@ class FetchPlan:
                 return slice(begin + keys.start - run.start, begin + keys.stop - run.start)
             begin += len(run)
         raise AssertionError((keys, self.fetched))
-
-
-def seen_by(queries: range, length: int, causal: bool, window: int | None) -> Span:
-    """Return consecutive queries with the range of the keys, of a row of `length`, that any of them sees."""
-    reach = length if window is None else window - 1
-    stop = queries.stop if causal else min(length, queries.stop + reach)
-    return Span(queries, range(max(0, queries.start - reach), stop), length)
 
 
 def union(ranges: Sequence[range]) -> Runs:
