@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LEAST_QUERIES, MOST_QUERIES = 256, 1024
-"""Queries of a tile; in between, an eighth of the keys. Much smaller tiles take longer in torch's kernels than they save.
+"""Queries of a tile; in between, an eighth of the keys. Smaller tiles take longer in torch's kernels than they save.
 
 On 2 cores of a CPU, 4,096 causal queries after 2,048 others took 3.3 s forward and backward at once, and 2.4 s in tiles
 of 1,024; 512 took 34 ms, and 26 ms in tiles of 256.

@@ -48,6 +48,7 @@ class Attention:
         pairs: pairs of a query and a key of one head of one sequence that are computed (half of them if causal).
         backward: the backward pass, which computes 2.5 times the products.
         dtype: see `Product`.
+        masked: a tensor of all pairs is added to the scores.
     """
 
     rows: int
@@ -59,6 +60,7 @@ class Attention:
     pairs: int
     backward: bool = False
     dtype: str = "bfloat16"
+    masked: bool = False
 
     @property
     def flops(self) -> int:

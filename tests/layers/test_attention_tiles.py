@@ -1,4 +1,4 @@
-"""Queries are cut into tiles where torch would compute pairs that a mask leaves out: the same results from fewer pairs."""
+"""Tiles of queries, where torch would compute pairs that a mask leaves out: the same results from fewer pairs."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +34,7 @@ SHAPES = {
     "both ways, in a window": (replace(BOTH_WAYS, window=3), Row()),
 }
 PAIRS = {
-    **{"plain": S * S, "a window as long as the row": S * S, "fixed biases, padded": S * S, "both ways": S * S},
+    **dict.fromkeys(("plain", "a window as long as the row", "fixed biases, padded", "both ways"), S * S),
     **dict.fromkeys(("documents", "padded", "fixed biases", "learned biases"), 3 * 3 + 3 * 6 + 2 * 8),
     "window": 3 * 3 + 3 * 5 + 2 * 4,
     "both ways, in a window": 3 * 5 + 3 * 7 + 2 * 4,

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product as combinations
 from pathlib import Path
@@ -88,7 +88,8 @@ def _attention_sizes(dtype: str, device: str) -> list[Attention]:
     if dtype == "float32":
         causal = [(64, 32), (128, 32), (256, 32), (512, 8), (512, 32), (1024, 8), (2048, 2)]
         full = [(128, 32), (512, 32), (1024, 2)]
-        return _attention_of(dtype, causal, full, (32, 64, 128)) + _attention_of(dtype, [(4096, 2)], [], (64,))
+        usual = _attention_of(dtype, causal, full, (32, 64, 128)) + _attention_of(dtype, [(4096, 2)], [], (64,))
+        return usual + [replace(one, masked=True) for one in _attention_of(dtype, [], full[1:], (64, 128))]
     return _attention_of(dtype, [(64, 8), (256, 8)], [], (64, 128))
 
 
@@ -188,8 +189,9 @@ def _measure(info: RankInfo, sizes: Sizes, threads: int, budget_s: float) -> _Fo
         usual = [one for one in sizes.products if (one.m, one.n, one.k) not in LARGE_PRODUCTS]
         compute = measure_operations.prepare(max(usual, key=_by_size_in_fp32), device)[0]
         skew = measure_collectives.measure_skew(world, device, compute)
-    times_s = measure_operations.measure(_operations(sizes), device, budget_s=budget_s)
-    steady = 1.0
+    in_rounds = measure_operations.time_in_rounds(_operations(sizes), device, budget_s=budget_s)
+    times_s = [measure_operations.undisturbed(one) for one in in_rounds]
+    steady = measure_operations.steady_share(in_rounds)
     if device.type == "cuda":
         largest = max((one for one in sizes.products if one.dtype == "bfloat16"), key=lambda one: one.flops)
         steady = measure_operations.steady_speed(largest, device, sizes.steady_s)

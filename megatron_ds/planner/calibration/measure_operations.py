@@ -1,11 +1,13 @@
 """Times of products, attention and streams on this machine's devices, for profiles.
 
 Every operation is called in each of several rounds, so that a disturbance of the machine reaches all of them alike. The
-lower quartile over the rounds counts: what else the machine does makes times longer, never shorter. Operations are
-called as the layers call them: a product by `layers.products`, in the three layouts of a linear layer (forward, and the
-gradients of its input and of its weight); attention on views of (S, B, N, D). A CPU's products in fp32, and streams,
-get tensors that the caches do not hold, as few of a step's are, and what they return stays alive until the next round,
-so that it does not stay in the caches either.
+lower quartile over the rounds counts: what else the machine does makes times longer, never shorter. By how much it does
+on average is one number for all of them, `steady_share`.
+
+Operations are called as the layers call them: a product by `layers.products`, in the three layouts of a linear layer
+(forward, and the gradients of its input and of its weight); attention on views of (S, B, N, D). A CPU's products in
+fp32, and streams, get tensors that the caches do not hold, as few of a step's are, and what they return stays alive
+until the next round, so that it does not stay in the caches either.
 """
 
 from __future__ import annotations
@@ -46,7 +48,28 @@ def measure(
     clock: Clock = time.perf_counter,
     budget_s: float = math.inf,
 ) -> list[float]:
-    """Return the seconds of each operation.
+    """Return the seconds of each operation, undisturbed; see `time_in_rounds`."""
+    return [undisturbed(one) for one in time_in_rounds(operations, device, rounds, clock, budget_s)]
+
+
+def undisturbed(times_s: Sequence[float]) -> float:
+    """Return the lower quartile of measured seconds of an operation."""
+    return statistics.quantiles(times_s, n=4)[0] if len(times_s) > 1 else times_s[0]
+
+
+def steady_share(times_s: Sequence[Sequence[float]]) -> float:
+    """Return the seconds of undisturbed operations divided by their mean seconds, all operations together."""
+    return sum(map(undisturbed, times_s)) / sum(map(statistics.fmean, times_s))
+
+
+def time_in_rounds(
+    operations: Sequence[Product | Attention | Stream],
+    device: torch.device,
+    rounds: int = ROUNDS,
+    clock: Clock = time.perf_counter,
+    budget_s: float = math.inf,
+) -> list[list[float]]:
+    """Return the seconds of each operation in each round.
 
     Args:
         operations: to measure. A stream has one launch, and a name in `STREAMS`.
@@ -69,7 +92,7 @@ def measure(
                 calls[index] = max(1, int(SHORTEST_S / max(time_s * len(acts), 1e-9)))
                 time_s = _time(acts, calls[index], device, clock) if calls[index] > 1 else time_s
             times_s[index].append(time_s)
-    return [statistics.quantiles(one, n=4)[0] if len(one) > 1 else one[0] for one in times_s]
+    return times_s
 
 
 def steady_speed(product: Product, device: torch.device, duration_s: float, clock: Clock = time.perf_counter) -> float:
@@ -175,7 +198,10 @@ def _attention(attention: Attention, device: torch.device) -> Act:
         key, value = (
             one.detach().repeat_interleave(groups, 1).requires_grad_(attention.backward) for one in (key, value)
         )
-    compute = partial(functional.scaled_dot_product_attention, query, key, value, is_causal=causal, enable_gqa=grouped)
+    mask = torch.zeros(attention.queries, attention.keys, dtype=dtype, device=device) if attention.masked else None
+    compute = partial(
+        functional.scaled_dot_product_attention, query, key, value, mask, is_causal=causal, enable_gqa=grouped
+    )
     if not attention.backward:
         return compute
     out = compute()

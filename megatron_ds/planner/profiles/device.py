@@ -109,6 +109,7 @@ class MeasuredAttention(Section):
     pairs: Count
     backward: bool
     dtype: Text
+    masked: bool = False
     us: Positive
 
 
@@ -136,8 +137,9 @@ class Device(Section):
         hook_us: time of the host for DeepSpeed's hooks of one pass of a module at ZeRO-3, which fetch and release its
             weights.
         host_gb_s: 10^9 bytes per second of a copy between the device and pinned memory of its host, in each direction.
-        steady: speed of products in 16 and 8 bits after seconds without a pause, relative to that of their measured
-            times, which are of bursts: the limit of power lowers the clock.
+        steady: speed after seconds without a pause, relative to that of measured times, which are of undisturbed
+            bursts. A GPU's limit of power slows down products in 16 and 8 bits; the operating system and other
+            programs disturb all that a CPU computes.
         skew: share by which the ranks' computation between two collectives is longer on the slowest of them, beyond the
             mean: on a CPU the operating system and other programs disturb one rank, and the others wait.
         products, attention, streams: shares of the peaks that are reached.

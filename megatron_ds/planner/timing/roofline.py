@@ -6,8 +6,10 @@ formula: exactly at the measured sizes, smoothly between them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, lru_cache
 from math import ceil
+from statistics import fmean
 
 from megatron_ds.planner.operations import Attention, Operation, Product, Stream, Work
 from megatron_ds.planner.profiles.device import Device
@@ -26,19 +28,20 @@ def seconds(work: Work | Operation, device: Device) -> float:
     """
     if isinstance(work, Work):
         return sum(count * seconds(one, device) for one, count in work.items())
+    steady = device.steady if device.type == "cpu" else 1.0
     match work:
         case Product():
-            return product_s(work, device)
+            return product_s(work, device) / steady
         case Attention():
-            return attention_s(work, device)
+            return attention_s(work, device) / steady
         case Stream():
-            return stream_s(work, device)
+            return stream_s(work, device) / steady
     return 0.0
 
 
 @lru_cache(maxsize=1 << 18)
 def product_s(product: Product, device: Device, extra_bytes: int = 0) -> float:
-    """Return the seconds of a product.
+    """Return the seconds of a product, undisturbed on a CPU, as those of the next two functions.
 
     Args:
         product: its sizes.
@@ -59,7 +62,8 @@ def attention_s(attention: Attention, device: Device) -> float:
     surface = _attention_surface(device, attention.dtype, attention.backward)
     if surface is None:
         return by_formula
-    return by_formula * surface.factor(_sizes_of_attention(attention)) + _lost_to_power_s(attention, device)
+    found = by_formula * surface.factor(_sizes_of_attention(attention)) + _lost_to_power_s(attention, device)
+    return found * _mask_factor(device, attention.dtype, attention.backward) if attention.masked else found
 
 
 @lru_cache(maxsize=1 << 18)
@@ -149,15 +153,27 @@ def _product_surface(device: Device, dtype: str) -> Surface | None:
 
 @cache
 def _attention_surface(device: Device, dtype: str, backward: bool) -> Surface | None:
-    measured = [
-        (Attention(**one.model_dump(exclude={"us"})), one.us)
-        for one in device.measured_attention
-        if one.dtype == dtype and one.backward == backward
-    ]
+    measured = _measured_attention(device, dtype, backward, masked=False)
     if not measured:
         return None
     sizes = [_sizes_of_attention(one) for one, _ in measured]
     return Surface.through(sizes, [us * US / _attention_by_formula(one, device) for one, us in measured])
+
+
+@cache
+def _mask_factor(device: Device, dtype: str, backward: bool) -> float:
+    """Return by how much longer attention takes with a mask; 1 = it was not measured."""
+    measured = _measured_attention(device, dtype, backward, masked=True)
+    return fmean(us * US / attention_s(replace(one, masked=False), device) for one, us in measured) if measured else 1.0
+
+
+def _measured_attention(device: Device, dtype: str, backward: bool, *, masked: bool) -> list[tuple[Attention, float]]:
+    """Return measured attention with its microseconds."""
+    return [
+        (Attention(**one.model_dump(exclude={"us"})), one.us)
+        for one in device.measured_attention
+        if (one.dtype, one.backward, one.masked) == (dtype, backward, masked)
+    ]
 
 
 @cache

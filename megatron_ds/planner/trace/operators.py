@@ -98,11 +98,11 @@ _PRODUCTS: dict[str, Callable[[Arguments, Any], Iterable[Operation]]] = {
 }
 
 
-def _attention(q: Tensor, k: Tensor, pairs: int, backward: bool) -> Attention:
+def _attention(q: Tensor, k: Tensor, pairs: int, backward: bool, masked: bool = False) -> Attention:
     """Return the call of a kernel on queries (B, N, S, D) and keys (B, K, C, D)."""
     rows, heads, queries, dim = q.shape
     keys = k.shape[2]
-    return Attention(rows, heads, k.shape[1], dim, queries, keys, pairs, backward, _dtype(q))
+    return Attention(rows, heads, k.shape[1], dim, queries, keys, pairs, backward, _dtype(q), masked)
 
 
 def _of_torch(q_at: int, causal_at: int) -> Callable[[Arguments, dict[str, Any]], Attention]:
@@ -113,7 +113,7 @@ def _of_torch(q_at: int, causal_at: int) -> Callable[[Arguments, dict[str, Any]]
         causal = args[causal_at] if len(args) > causal_at else kwargs.get("is_causal", False)
         queries, keys = q.shape[2], k.shape[2]
         pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
-        return _attention(q, k, pairs, backward=q_at == 1)
+        return _attention(q, k, pairs, backward=q_at == 1, masked=kwargs.get("attn_mask") is not None)
 
     return found
 
