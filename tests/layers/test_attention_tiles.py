@@ -1,6 +1,7 @@
 """Tiles of queries, where torch would compute pairs that a mask leaves out: the same results from fewer pairs."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_ds.layers.scaled_dot_product import replaced_by
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.layers.sharded import B, S, check
 from tests.layers.test_attention import BOTH_WAYS, CASES, DIM, HEADS, KEY_MASK, PLAIN, POSITIONS
+from tests.ranks import run_alone
 
 BIASES = torch.randn(HEADS, 2 * S - 1, generator=torch.Generator().manual_seed(1))
 SHAPES = {
@@ -52,7 +54,7 @@ def test_tiles_equal_the_formula() -> None:
     check(CASES, 1, False)
 
 
-def computed(name: str) -> tuple[list[Tensor], int]:
+def computed(name: str, compiled: bool = False) -> tuple[list[Tensor], int]:
     """Output and gradients of an attention core, and the pairs of a head of a row that torch is asked for."""
     shape, row = SHAPES[name]
     generator, pairs = torch.Generator().manual_seed(2), []
@@ -63,8 +65,9 @@ def computed(name: str) -> tuple[list[Tensor], int]:
         pairs.append(q.shape[2] * k.shape[2])
         return F.scaled_dot_product_attention(q, k, *others, **options)
 
-    with replaced_by(attend):
-        y = layer._by_torch(q, k, v, row)
+    by_torch = torch.compile(layer._by_torch, fullgraph=True, backend="aot_eager") if compiled else layer._by_torch
+    with nullcontext() if compiled else replaced_by(attend):
+        y = by_torch(q, k, v, row)
     return [y, *torch.autograd.grad(y, (q, k, v), torch.randn(y.shape, generator=generator))], sum(pairs)
 
 
@@ -75,6 +78,13 @@ def test_tiles_equal_the_whole_row(name: str, request: pytest.FixtureRequest) ->
     tiled, pairs = computed(name)
     assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in zip(whole, tiled))
     assert pairs == PAIRS[name]
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_are_compiled_as_one_graph() -> None:
+    whole, _ = computed("window")
+    compiled, _ = run_alone(computed, "window", True)
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in zip(whole, compiled))
 
 
 def spans() -> Iterator[Span]:

@@ -6,6 +6,7 @@ not lengthen, and the lower quartile for what ranks send.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -139,6 +140,22 @@ SMALL = Sizes(
 )
 
 
+def test_the_mean_counts_beside_the_undisturbed_times() -> None:
+    times_s = [[1.0, 1.0, 1.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0, 3.0]]
+    assert [measure_operations.undisturbed(one) for one in times_s] == [1.0, 3.0]
+    assert measure_operations.steady_share(times_s) == pytest.approx(4 / 4.2)
+    assert measure_operations.steady_share([[1.0], [2.0]]) == 1.0, "one round knows of no disturbance"
+
+
+def test_attention_with_a_mask_is_measured_beside_the_same_without() -> None:
+    attention = set(usual_sizes("cpu").attention)
+    masked = {one for one in attention if one.masked}
+    assert {one.backward for one in masked} == {False, True}
+    assert {replace(one, masked=False) for one in masked} <= attention
+    small = [Attention(1, 2, 2, 16, 32, 32, 32 * 32, backward, "float32", masked=True) for backward in (False, True)]
+    assert min(run_alone(timed, small, 1)) > 0
+
+
 def test_a_calibrated_machine_is_written_and_read_again(tmp_path: Path) -> None:
     preload()
     device = calibrate("machine", 2, SMALL)
@@ -150,7 +167,7 @@ def test_a_calibrated_machine_is_written_and_read_again(tmp_path: Path) -> None:
     assert {one.name for one in device.measured_streams} == set(measure_operations.STREAMS)
     for row in device.measured_products:
         product = Product(row.m, row.n, row.k, dtype=row.dtype)
-        assert roofline.seconds(product, again) * 1e6 == pytest.approx(row.us, rel=0.05)
+        assert roofline.product_s(product, again) * 1e6 == pytest.approx(row.us, rel=0.05)
     network = find_network("ethernet 10Gb/s", again, 2)
     kinds = {(one.kind, one.axis) for one in network.inside.measured}
     assert len(kinds) == 5 + 3 + 1 and ("all_gather", "neighbours") in kinds and ("message", None) in kinds

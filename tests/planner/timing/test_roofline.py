@@ -1,5 +1,7 @@
 """Times of products, attention and streams against published measurements, and corrections by measured times."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_ds.planner.operations import Attention, Collective, Product, Stream, Work
@@ -127,6 +129,30 @@ def test_measured_attention_and_streams_override_the_formulas() -> None:
     assert stream_s(Stream(1000, name="silu_"), device) * 1e6 == pytest.approx(50), "the same function, in place"
     assert stream_s(Stream(101_000, launches=2), device) * 1e6 == pytest.approx(50)
     assert stream_s(Stream(0, launches=0), device) == 0.0
+
+
+def test_a_mask_takes_longer_by_its_measured_share() -> None:
+    sizes = {"rows": 1, "heads": 8, "kv_heads": 8, "head_dim": 64, "queries": 512, "keys": 512, "pairs": 512 * 512}
+    larger = {**sizes, "keys": 1024, "pairs": 512 * 1024}
+    plain = MeasuredAttention(**sizes, backward=False, dtype="float32", us=1000)
+    masked = MeasuredAttention(**sizes, backward=False, dtype="float32", masked=True, us=1300)
+    without, device = (with_table(H100, measured_attention=rows) for rows in ((plain,), (plain, masked)))
+    for given in (sizes, larger):
+        unmasked = Attention(**given, dtype="float32")
+        assert attention_s(unmasked, device) == attention_s(unmasked, without)
+        assert attention_s(replace(unmasked, masked=True), device) == pytest.approx(1.3 * attention_s(unmasked, device))
+        assert attention_s(replace(unmasked, masked=True), without) == attention_s(unmasked, without)
+    backward = Attention(**sizes, backward=True, dtype="float32", masked=True)
+    assert attention_s(backward, device) == attention_s(backward, without), "only what was measured"
+
+
+def test_all_that_a_disturbed_cpu_computes_takes_longer() -> None:
+    cpu = find_device("cpu").model_copy(update={"steady": 1.0})
+    disturbed = cpu.model_copy(update={"steady": 0.8})
+    product, stream = Product(256, 256, 256, dtype="float32"), Stream(10**7)
+    attention = Attention(1, 8, 8, 64, 128, 128, 128 * 128, dtype="float32")
+    for one in (product, stream, attention, Work({product: 3, stream: 2, attention: 1})):
+        assert seconds(one, disturbed) == pytest.approx(seconds(one, cpu) / 0.8)
 
 
 def test_the_limit_of_power_slows_down_what_computes() -> None:

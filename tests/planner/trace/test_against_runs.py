@@ -18,10 +18,11 @@ import torch.distributed as dist
 
 from megatron_ds.config import ContextPlan
 from megatron_ds.hf.config import read_model
+from megatron_ds.layers import attention_masks
 from megatron_ds.layers.moe.router import Router
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.parallel.grid import Grid, Layout
-from megatron_ds.planner.operations import Stream
+from megatron_ds.planner.operations import Attention, Stream
 from megatron_ds.planner.trace import TraceSetting, trace_layers
 from tests.parity.reference import ALL_CONFIGS
 from tests.planner.trace.real_runs import Run, choose_evenly, composed, measured
@@ -79,6 +80,16 @@ def test_a_model_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Router, "_choose", choose_evenly)
     core, setting = model(name), replace(SETTING, **options)
     check(composed(trace_layers(core.build_layers, setting)), run_alone(measured, core, setting))
+
+
+def test_a_window_in_tiles_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LEAST_QUERIES", "MOST_QUERIES"):
+        monkeypatch.setattr(attention_masks, name, 8)
+    core = model("mistral")
+    found = composed(trace_layers(core.build_layers, SETTING))
+    tiles = {(one.queries, one.keys) for one in found.forward if isinstance(one, Attention)}
+    assert max(keys for _, keys in tiles) == 8 + 7 - 1, "of a window of 7"
+    check(found, run_alone(measured, core, SETTING))
 
 
 RANKS: dict[str, tuple[str, Layout, dict[str, Any]]] = {

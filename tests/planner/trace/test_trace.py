@@ -15,7 +15,7 @@ from megatron_ds.layers.recompute import is_replaying
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.models.sequential import SequentialModel
 from megatron_ds.parallel.context import index_of_runs
-from megatron_ds.planner.operations import Collective, HostCopy, LayerTrace, Product, Stream, Work
+from megatron_ds.planner.operations import Attention, Collective, HostCopy, LayerTrace, Product, Stream, Work
 from megatron_ds.planner.trace import TraceSetting, trace_layers
 from tests.parity.reference import ALL_CONFIGS
 from tests.ranks import run_alone
@@ -63,6 +63,13 @@ def test_functions_have_names_by_what_they_do_to_memory() -> None:
     names = {one.name: one.num_bytes for one in total(traced("gpt2", setting)) if isinstance(one, Stream)}
     assert {"gelu_tanh", "gelu_tanh_backward", "index_select", "index_add_", "zero_"} <= names.keys()
     assert not {"gelu", "embedding", "embedding_dense_backward", "zeros", "new_zeros", "fill_"} & names.keys()
+
+
+def test_attention_says_whether_it_has_a_mask() -> None:
+    setting = replace(SETTING, device_type="cpu", precision="fp32")
+    for case, masked in (("llama", {False}), ("mistral", {True}), ("gemma2-caps", set())):
+        found = total(traced(case, setting))
+        assert {one.masked for one in found if isinstance(one, Attention)} == masked, case
 
 
 def test_equal_layers_are_run_once() -> None:
