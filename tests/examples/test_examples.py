@@ -99,11 +99,13 @@ def test_generate_continues_with_plain_transformers(moby_dick: Path) -> None:
 
 
 def test_continue_pretraining_at_another_layout(moby_dick: Path, tmp_path: Path) -> None:
-    smaller = ["train.global_batch_size=4", "train.micro_batch_size=2", "data.seq_length=64"]  # bf16 is slow on some CPUs
+    smaller = [
+        "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+        "data.seq_length=64",
+    ]  # bf16 is slow on some CPUs
     overrides = [f"model.path={moby_dick / 'hf'}", *smaller]
-    train(
-        shortened("examples/continue_pretraining/run.yaml", tmp_path, *overrides), RANKS["continue_pretraining"]
-    )
+    train(shortened("examples/continue_pretraining/run.yaml", tmp_path, *overrides), RANKS["continue_pretraining"])
     check_written(tmp_path)
     assert losses(tmp_path)[0] < losses(moby_dick)[0]  # it does not begin at random again
 
