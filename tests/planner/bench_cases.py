@@ -32,12 +32,12 @@ from bench.work import MASK_EVERY, MASKED_MODELS, Spec, Work, write_model
 from megatron_ds.parallel.launch import run_local
 from megatron_ds.parallel.rank_info import RankInfo
 from megatron_ds.planner.calibration import measure_operations
+from megatron_ds.planner.input_of_config import input_of
 from megatron_ds.planner.operations import Product
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.profiles.device import Device
 from megatron_ds.planner.timing.step_time import StepTime, plan_time
-from tests.planner.inputs import input_of
 
 SLOWNESS, MOST_SLOWNESS = ", slowness", 1.05
 """Suffix of a case's key, and the time of a product around it, relative to its calibrated time, that is slow."""

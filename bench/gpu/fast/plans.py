@@ -31,12 +31,12 @@ from bench.ours import columns, engine_fields
 from bench.work import MASK_EVERY, MASKED_MODELS, Spec, Work
 from megatron_ds.engine import preload, start_distributed, stop_distributed
 from megatron_ds.parallel.launch import RankInfo, run_local
+from megatron_ds.planner.input_of_config import input_of
 from megatron_ds.planner.memory.stage import ALLOWANCES, StageMemory
 from megatron_ds.planner.plan import make_plan
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import Device, find_by_gpu, find_device, find_network
 from megatron_ds.runtime import Session
-from tests.planner.inputs import input_of
 
 WARM_UPS, STEPS = 2, pick(4, 1)
 MOST_UNDER, MOST_OVER = 0.02, 0.05

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_ds.config import EngineConfig, build_section
-from megatron_ds.config.run_config import ModelSection
 from megatron_ds.parallel.rank_info import RankInfo
+from megatron_ds.planner.input_of_config import input_of
 from megatron_ds.planner.operations import ModuleHooks, Work
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_network
@@ -26,10 +25,8 @@ from megatron_ds.planner.timing.engine_work import step_of
 from megatron_ds.planner.timing.pass_time import num_launches
 from megatron_ds.planner.timing.step_time import plan_time
 from megatron_ds.planner.trace import trace_layers
-from megatron_ds.runtime.loaded_model import describe_model, load_model, read_model_section
-from megatron_ds.runtime.optimizer_groups import grouped_parameters
+from megatron_ds.runtime.loaded_model import load_model
 from megatron_ds.runtime.process_session import Session
-from megatron_ds.runtime.setup import plan_engine
 
 WARM_UPS, STEPS = 3, 9
 FEW, MANY = 2, 10
@@ -106,13 +103,8 @@ def _step_s(session: Session, stage: int, blocks: int) -> float:
 
 def _input(stage: int, blocks: int, ranks: int) -> PlanInput:
     """Return the input of a plan of the same steps."""
-    section = build_section(ModelSection, {"config": {**_MODEL, "num_hidden_layers": blocks}}, "model")
-    hf = read_model_section(section)
-    model = describe_model(hf, section)
-    config = build_section(EngineConfig, _engine_fields(stage, ranks), keep=("optimizer",))
-    plan = plan_engine(config, hf, ranks, "cpu")
-    groups = grouped_parameters(model, config.optimizer)
-    return PlanInput(model.layers, hf.core, plan, Rows(_LENGTH), Machines(1, ranks, "cpu"), groups=groups)
+    model = {**_MODEL, "num_hidden_layers": blocks}
+    return input_of(model, _engine_fields(stage, ranks), Rows(_LENGTH), Machines(1, ranks, "cpu"))
 
 
 def _work(given: PlanInput) -> Work:

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from megatron_ds.planner.input_of_config import input_of
 from megatron_ds.planner.operations import Collective, Message, ModuleHooks, Stream
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.profiles import find_device, find_network
 from megatron_ds.planner.timing.engine_work import HOST_UPDATES_PER_S, machine_of, step_of
 from megatron_ds.planner.timing.step_time import StepTime, plan_time
 from megatron_ds.planner.trace import trace_layers
-from tests.planner.inputs import input_of
 
 LLAMA = {
     "model_type": "llama",

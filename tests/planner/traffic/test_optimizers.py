@@ -11,13 +11,13 @@ from megatron_ds.engine.optimizers.newton_schulz import orthogonalize
 from megatron_ds.parallel.grid import Axis
 from megatron_ds.planner import matrix_exchanges
 from megatron_ds.planner.held_parameters import HeldParameter, HeldStage, hold_stage
+from megatron_ds.planner.input_of_config import input_of
 from megatron_ds.planner.matrix_exchanges import matrix_exchange
 from megatron_ds.planner.operations import Collective, Product, Work
 from megatron_ds.planner.plan_input import Machines, PlanInput, Rows
 from megatron_ds.planner.trace.recorder import Recorder
 from megatron_ds.planner.traffic.optimizers import optimizer_traffic
 from megatron_ds.planner.zero_settings import ZeroSettings, zero_settings
-from tests.planner.inputs import input_of
 
 LLAMA = {
     "model_type": "llama",
