@@ -58,7 +58,7 @@ def undisturbed(times_s: Sequence[float]) -> float:
 
 
 def steady_share(times_s: Sequence[Sequence[float]]) -> float:
-    """Return the seconds of undisturbed operations divided by their mean seconds, all operations together."""
+    """Return the seconds of undisturbed operations divided by their mean seconds, of all operations."""
     return sum(map(undisturbed, times_s)) / sum(map(statistics.fmean, times_s))
 
 

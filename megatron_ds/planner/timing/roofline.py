@@ -112,9 +112,9 @@ def _attention_by_formula(attention: Attention, device: Device) -> float:
 
 
 def _lost_to_power_s(operation: Product | Attention, device: Device) -> float:
-    """Return the seconds beyond the measured ones in long runs; what the memory or a launch limits is as fast there."""
+    """Return a GPU's seconds beyond the measured ones in long runs; what memory or a launch limits is as fast there."""
     best = _best_rate(device, operation.dtype)
-    if device.steady == 1.0 or operation.dtype in _BYTES or best == 0.0:
+    if device.type == "cpu" or device.steady == 1.0 or operation.dtype in _BYTES or best == 0.0:
         return 0.0
     return operation.flops / best * (1 / device.steady - 1)
 

@@ -147,11 +147,13 @@ def test_a_mask_takes_longer_by_its_measured_share() -> None:
 
 
 def test_all_that_a_disturbed_cpu_computes_takes_longer() -> None:
-    cpu = find_device("cpu").model_copy(update={"steady": 1.0})
+    rows = tuple(MeasuredProduct(m=m, n=256, k=256, dtype="bfloat16", us=m) for m in (64, 1024))
+    cpu = with_table(find_device("cpu").model_copy(update={"steady": 1.0}), measured_products=rows)
     disturbed = cpu.model_copy(update={"steady": 0.8})
     product, stream = Product(256, 256, 256, dtype="float32"), Stream(10**7)
     attention = Attention(1, 8, 8, 64, 128, 128, 128 * 128, dtype="float32")
-    for one in (product, stream, attention, Work({product: 3, stream: 2, attention: 1})):
+    halves = [replace(one, dtype="bfloat16") for one in (product, attention)]
+    for one in (product, stream, attention, *halves, Work({product: 3, stream: 2, attention: 1})):
         assert seconds(one, disturbed) == pytest.approx(seconds(one, cpu) / 0.8)
 
 
