@@ -69,6 +69,10 @@ def predict(work: Work, entry: Entry, profiles: Mapping[int, Device]) -> StepTim
     return plan_time(plan_input(work, entry), device, find_network(None, device, entry.world))
 
 
+OUTDATED = {("context8k", "ours, gather")}
+"""Entries that were recorded with code whose steps were longer: before attention in tiles of queries."""
+
+
 def measured() -> dict[tuple[str, str], float]:
     """Return the recorded seconds of steps, medians, alone on the machine where that was measured."""
     found = json.loads(RESULTS.read_text())["cases"]
@@ -76,6 +80,7 @@ def measured() -> dict[tuple[str, str], float]:
         (case["name"], one["label"]): median(one["alone_seconds"] or one["seconds"])
         for case in found
         for one in case["entries"]
+        if (case["name"], one["label"]) not in OUTDATED
     }
 
 
