@@ -229,6 +229,7 @@ SAMPLE = (
     ),
     _short("llama muon short bf16 zero 1", data=2, precision="bf16", optimizer="muon"),
     _short("llama short bf16 zero 2", zero=2, data=2, precision="bf16"),
+    _Case("llama one micro-batch bf16", micro_batches=1, precision="bf16"),
     _Case("llama averaged weights zero 3", zero=3, data=2, settings=_EMA),
 )
 MORE = (
@@ -239,6 +240,12 @@ MORE = (
     _Case("llama one rank zero 3", zero=3),
     _Case("llama one micro-batch zero 1", data=2, micro_batches=1),
     _Case("llama one micro-batch zero 2", data=2, zero=2, micro_batches=1),
+    _Case("llama one micro-batch bf16 zero 1", data=2, micro_batches=1, precision="bf16"),
+    _Case("llama three micro-batches bf16 zero 1", data=2, micro_batches=3, precision="bf16"),
+    _Case("llama one micro-batch zero 3", data=2, zero=3, micro_batches=1),
+    _Case("llama one micro-batch bf16 zero 2", data=2, zero=2, micro_batches=1, precision="bf16"),
+    _Case("llama one micro-batch bf16 zero 3", data=2, zero=3, micro_batches=1, precision="bf16"),
+    _Case("llama pipeline 2 one micro-batch bf16", pipeline=2, micro_batches=1, precision="bf16"),
     _Case("llama large bucket zero 1", data=2, section={"reduce_bucket_size": 2_000_000}),
     _Case("llama large bucket zero 2", data=2, zero=2, section={"reduce_bucket_size": 2_000_000}),
     _Case("llama small bucket zero 2", data=2, zero=2, section={"reduce_bucket_size": 20_000}),
@@ -368,6 +375,7 @@ MORE = (
     _Case("llama compiled tensor 2 sequence", tensor=2, sequence=True, settings=_COMPILE),
     _Case("llama compiled data 2 zero 3 full", data=2, zero=3, settings={**_COMPILE, **_FULL}),
     _Case("gpt2 compiled bf16 zero 1", "gpt2", precision="bf16", settings=_COMPILE),
+    _Case("llama compiled one micro-batch bf16 zero 1", micro_batches=1, precision="bf16", settings=_COMPILE),
     _Case("bert compiled bf16 tensor 2", "bert", tensor=2, precision="bf16", settings=_COMPILE),
     _Case("t5 compiled pipeline 2 bf16", "t5", pipeline=2, micro_batches=4, precision="bf16", settings=_COMPILE),
     _Case("mixtral compiled bf16", "mixtral", precision="bf16", settings=_COMPILE),

@@ -174,7 +174,8 @@ class PlainEngine(EngineMemory):
 class Bf16Engine(EngineMemory):
     """ZeRO-1 in bf16 (DeepSpeed's `BF16_Optimizer`): fp32 sums of all gradients on every rank, masters divided.
 
-    A parameter keeps its bf16 gradient from the first backward pass on, because it is set to zero and not released.
+    A parameter keeps its bf16 gradient from a step's first backward pass to its end: between micro-batches it is set to
+    zero and not released.
 
     Args:
         held, setting, device, host: see `EngineMemory`.
@@ -201,16 +202,20 @@ class Bf16Engine(EngineMemory):
             for part, num_bytes in self.states(padded // ranks, index).items():
                 self.device.add(part, num_bytes)
         self._kept = [one for one in self.trained if not self._is_added_in_products(one)]
-        self.device.add(GRADIENTS, sum(one.numel for one in self._kept) * self.item)
+        self._have: set[str] = set()
 
     def _is_added_in_products(self, one: HeldParameter) -> bool:
         """Return whether autograd has no gradient of a parameter."""
         return self.setting.adds_in_products and one.is_added_in_products(self.setting.compiled_layers)
 
     def gradient(self, parameter: HeldParameter) -> None:
-        """Let autograd add it to the parameter's bf16 gradient."""
-        with self.device.holding(GRADIENTS, parameter.numel * self.item):
-            pass
+        """Let autograd keep it in the parameter, or add it to the one of the micro-batch before."""
+        num_bytes = parameter.numel * self.item
+        self.device.add(GRADIENTS, num_bytes)
+        if parameter.name in self._have or self._is_added_in_products(parameter):
+            self.device.release(GRADIENTS, num_bytes)
+        else:
+            self._have.add(parameter.name)
 
     def end_backward(self, *, is_last: bool) -> None:
         """Add the bf16 gradients to the fp32 sums, which are reduced after the last micro-batch."""
@@ -226,9 +231,11 @@ class Bf16Engine(EngineMemory):
                     pass
 
     def step(self) -> None:
-        """Update in place."""
+        """Update in place, and release the bf16 gradients."""
         for group in self.groups:
             self.update(group, [padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)])
+        self.device.release(GRADIENTS, sum(one.numel for one in self._kept if one.name in self._have) * self.item)
+        self._have.clear()
 
 
 def padded_numel(group: Iterable[HeldParameter], alignment: int) -> int:
