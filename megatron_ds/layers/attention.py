@@ -430,10 +430,9 @@ class Attention(nn.Module):
         return torch.cat(parts)
 
     def _computes_masked_pairs(self, row: Row, span: Span) -> bool:
-        """Return whether torch computes pairs that queries do not see, which tiles can leave out.
+        """Return whether torch would compute pairs that causality or a window hides, which tiles can leave out.
 
-        It computes all pairs but those of plain causality in a whole row. A query may not see all keys of the row by
-        causality or a window alone.
+        Of a whole row with plain causality it computes those alone that are seen.
         """
         shape, window = self.shape, self._window(span.length)
         if self._may_attend_to_all(row.key_mask) or not (shape.causal or window is not None):

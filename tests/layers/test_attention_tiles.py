@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.layers import attention_masks
 from megatron_ds.layers.alibi import Alibi
 from megatron_ds.layers.attention import Attention
 from megatron_ds.layers.attention_masks import Row, Span, allowed_keys, allowed_keys_on_both_sides
@@ -20,6 +19,7 @@ from megatron_ds.layers.scaled_dot_product import replaced_by
 from megatron_ds.parallel.tensor import TensorParallel
 from tests.layers.sharded import B, S, check
 from tests.layers.test_attention import BOTH_WAYS, CASES, DIM, HEADS, KEY_MASK, PLAIN, POSITIONS
+from tests.layers.tiles import set_queries_of_a_tile
 from tests.ranks import run_alone
 
 BIASES = torch.randn(HEADS, 2 * S - 1, generator=torch.Generator().manual_seed(1))
@@ -45,8 +45,7 @@ PAIRS = {
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LEAST_QUERIES", "MOST_QUERIES"):
-        monkeypatch.setattr(attention_masks, name, 3)
+    set_queries_of_a_tile(monkeypatch, 3)
 
 
 @pytest.mark.usefixtures("small_tiles")

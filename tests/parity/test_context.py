@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.layers import attention_masks
+from tests.layers.tiles import set_queries_of_a_tile
 from tests.parity.cases import Recipe
 from tests.parity.context_cases import (
     DECODERS,
@@ -128,8 +128,7 @@ IN_TILES: list[Run] = [
 def test_in_tiles_of_queries(
     case: str, place: Place, recipe: Recipe, references: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("LEAST_QUERIES", "MOST_QUERIES"):
-        monkeypatch.setattr(attention_masks, name, 5)
+    set_queries_of_a_tile(monkeypatch, 5)
     check(case, place, recipe, references)
 
 

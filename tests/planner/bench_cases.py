@@ -125,7 +125,8 @@ def slowness(profile: Device, ranks: int) -> float:
 
 def _product_us(info: RankInfo, product: Product, threads: int) -> float:
     torch.set_num_threads(threads)
-    return 1e6 * measure_operations.measure([product], torch.device("cpu"), rounds=9)[0]
+    (times_s,) = measure_operations.time_in_rounds([product], torch.device("cpu"), rounds=9)
+    return 1e6 * measure_operations.undisturbed(times_s)
 
 
 def _steps(label: str, work: Work, entry: Entry) -> list[float]:

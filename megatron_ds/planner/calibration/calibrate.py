@@ -133,7 +133,7 @@ def calibrate(name: str, ranks: int | None = None, sizes: Sizes | None = None, b
         name: of the profile.
         ranks: of a run on this machine; None = its number of GPUs, or of cores up to `MOST_RANKS`.
         sizes: of what is measured; None = `usual_sizes`.
-        budget_s: see `measure_operations.measure`.
+        budget_s: see `measure_operations.time_in_rounds`.
 
     Raises:
         ConfigError: this machine has fewer GPUs than ranks.

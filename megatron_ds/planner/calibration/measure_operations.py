@@ -41,17 +41,6 @@ Act = Callable[[], object]
 Clock = Callable[[], float]
 
 
-def measure(
-    operations: Sequence[Product | Attention | Stream],
-    device: torch.device,
-    rounds: int = ROUNDS,
-    clock: Clock = time.perf_counter,
-    budget_s: float = math.inf,
-) -> list[float]:
-    """Return the seconds of each operation, undisturbed; see `time_in_rounds`."""
-    return [undisturbed(one) for one in time_in_rounds(operations, device, rounds, clock, budget_s)]
-
-
 def undisturbed(times_s: Sequence[float]) -> float:
     """Return the lower quartile of measured seconds of an operation."""
     return statistics.quantiles(times_s, n=4)[0] if len(times_s) > 1 else times_s[0]

@@ -81,6 +81,7 @@ class EngineMemory(ABC):
         self.zero, self.device, self.host = setting.zero, device, host
         self.item, self.groups = setting.itemsize, held.groups
         self.trained = [one for group in held.groups for one in group]
+        self._have: dict[str, int] = {}  # parameters that have a gradient -> its bytes
 
     def ranks_of(self, group: Sequence[HeldParameter]) -> int:
         """Return the number of ranks that share the state of a group."""
@@ -96,6 +97,19 @@ class EngineMemory(ABC):
     @abstractmethod
     def gradient(self, parameter: HeldParameter) -> None:
         """Take a gradient, whose memory autograd has just allocated."""
+
+    def keep_gradient(self, parameter: HeldParameter) -> None:
+        """Have a parameter keep its gradient, to which autograd adds those of the next micro-batches."""
+        num_bytes = parameter.numel * self.item
+        self.device.add(GRADIENTS, num_bytes)
+        if parameter.name in self._have:
+            self.device.release(GRADIENTS, num_bytes)
+        self._have[parameter.name] = num_bytes
+
+    def release_gradients(self) -> None:
+        """Release the gradients that parameters keep."""
+        self.device.release(GRADIENTS, sum(self._have.values()))
+        self._have.clear()
 
     @abstractmethod
     def end_backward(self, *, is_last: bool) -> None:
@@ -135,7 +149,6 @@ class PlainEngine(EngineMemory):
     def build(self) -> None:
         """Hold weights and state of all parameters."""
         self.hold_frozen()
-        self._have: set[str] = set()
         for index, group in enumerate(self.groups):
             numel = sum(one.numel for one in group)
             self.device.add(WEIGHTS, numel * self.item)
@@ -145,11 +158,7 @@ class PlainEngine(EngineMemory):
 
     def gradient(self, parameter: HeldParameter) -> None:
         """Keep it in the parameter until the update."""
-        num_bytes = parameter.numel * self.item
-        self.device.add(GRADIENTS, num_bytes)
-        if parameter.name in self._have:  # it is added to the one of the micro-batch before
-            self.device.release(GRADIENTS, num_bytes)
-        self._have.add(parameter.name)
+        self.keep_gradient(parameter)
 
     def end_backward(self, *, is_last: bool) -> None:
         """Reduce the gradients after the last micro-batch."""
@@ -167,8 +176,7 @@ class PlainEngine(EngineMemory):
         """Update in place, and release the gradients."""
         for group in self.groups:
             self.update(group, [one.numel for one in group])
-        self.device.release(GRADIENTS)
-        self._have.clear()
+        self.release_gradients()
 
 
 class Bf16Engine(EngineMemory):
@@ -202,20 +210,18 @@ class Bf16Engine(EngineMemory):
             for part, num_bytes in self.states(padded // ranks, index).items():
                 self.device.add(part, num_bytes)
         self._kept = [one for one in self.trained if not self._is_added_in_products(one)]
-        self._have: set[str] = set()
 
     def _is_added_in_products(self, one: HeldParameter) -> bool:
         """Return whether autograd has no gradient of a parameter."""
         return self.setting.adds_in_products and one.is_added_in_products(self.setting.compiled_layers)
 
     def gradient(self, parameter: HeldParameter) -> None:
-        """Let autograd keep it in the parameter, or add it to the one of the micro-batch before."""
-        num_bytes = parameter.numel * self.item
-        self.device.add(GRADIENTS, num_bytes)
-        if parameter.name in self._have or self._is_added_in_products(parameter):
-            self.device.release(GRADIENTS, num_bytes)
-        else:
-            self._have.add(parameter.name)
+        """Keep it in the parameter until the update, unless a product adds it to the sum."""
+        if not self._is_added_in_products(parameter):
+            self.keep_gradient(parameter)
+            return
+        with self.device.holding(GRADIENTS, parameter.numel * self.item):
+            pass
 
     def end_backward(self, *, is_last: bool) -> None:
         """Add the bf16 gradients to the fp32 sums, which are reduced after the last micro-batch."""
@@ -234,8 +240,7 @@ class Bf16Engine(EngineMemory):
         """Update in place, and release the bf16 gradients."""
         for group in self.groups:
             self.update(group, [padded_numel(group, 2 * self.ranks_of(group)) // self.ranks_of(group)])
-        self.device.release(GRADIENTS, sum(one.numel for one in self._kept if one.name in self._have) * self.item)
-        self._have.clear()
+        self.release_gradients()
 
 
 def padded_numel(group: Iterable[HeldParameter], alignment: int) -> int:

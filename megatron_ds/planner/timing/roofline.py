@@ -41,7 +41,7 @@ def seconds(work: Work | Operation, device: Device) -> float:
 
 @lru_cache(maxsize=1 << 18)
 def product_s(product: Product, device: Device, extra_bytes: int = 0) -> float:
-    """Return the seconds of a product, undisturbed on a CPU, as those of the next two functions.
+    """Return the seconds of a product; on a CPU, as in `attention_s` and `stream_s`, of one that nothing disturbs.
 
     Args:
         product: its sizes.

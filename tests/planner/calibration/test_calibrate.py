@@ -53,7 +53,8 @@ STREAMS = [Stream(num_bytes, name=name) for name in ("", "silu", "_softmax") for
 
 def timed(operations: Sequence[Operation], rounds: int) -> list[float]:
     torch.set_num_threads(1)
-    return measure_operations.measure(operations, torch.device("cpu"), rounds, clock=time.thread_time)
+    in_rounds = measure_operations.time_in_rounds(operations, torch.device("cpu"), rounds, clock=time.thread_time)
+    return [measure_operations.undisturbed(one) for one in in_rounds]
 
 
 def off(ratios: dict[object, float]) -> dict[object, float]:

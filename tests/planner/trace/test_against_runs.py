@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from megatron_ds.config import ContextPlan
 from megatron_ds.hf.config import read_model
-from megatron_ds.layers import attention_masks
 from megatron_ds.layers.moe.router import Router
 from megatron_ds.models.config import ModelConfig
 from megatron_ds.parallel.grid import Grid, Layout
 from megatron_ds.planner.operations import Attention, Stream
 from megatron_ds.planner.trace import TraceSetting, trace_layers
+from tests.layers.tiles import set_queries_of_a_tile
 from tests.parity.reference import ALL_CONFIGS
 from tests.planner.trace.real_runs import Run, choose_evenly, composed, measured
 from tests.ranks import run_alone, run_grid
@@ -83,8 +83,7 @@ def test_a_model_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_window_in_tiles_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LEAST_QUERIES", "MOST_QUERIES"):
-        monkeypatch.setattr(attention_masks, name, 8)
+    set_queries_of_a_tile(monkeypatch, 8)
     core = model("mistral")
     found = composed(trace_layers(core.build_layers, SETTING))
     tiles = {(one.queries, one.keys) for one in found.forward if isinstance(one, Attention)}
